@@ -94,12 +94,12 @@ def run(arguments: argparse.Namespace) -> int:
     read_table(table, {"report": arguments.report}, {"report": reports})
     _require_free(table, columns)
     cells, lines = _labelled(reports, labels, arguments.unmentioned == "absent")
+    print(terminal_text(lines))  # before the file: another's may have come to lie there
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(out, is_private=True, require_own=require_free) as partial:
         _write(table, partial, dict(zip(columns, cells, strict=True)))
         sync(partial)
     sync(out.parent)
-    print(terminal_text(lines))
     print(f"{out}: {len(reports.texts)} rows; to evaluate on it:")
     settings = _settings(table, out, arguments.report, columns)
     if arguments.unmentioned == "unknown":

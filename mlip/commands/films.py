@@ -20,13 +20,18 @@ from mlip.commands.inputs import (
     read_given,
 )
 from mlip.settings.typed_tree import ConfigError
-from mlip.system.output_file import KeptBesideError, require_writable
+from mlip.system.output_file import KeptBesideError, refusal, require_writable
 from mlip.system.unread_output import terminal_text
 
 
 def run_ground(options: argparse.Namespace) -> int:
     from mlip.saved.trained_model import open_checkpoint
-    from mlip.transfer.films.ground_image import DICOM_SUFFIX, ground_image, require_own_map
+    from mlip.transfer.films.ground_image import (
+        DICOM_SUFFIX,
+        ground_image,
+        require_own_map,
+        write_map,
+    )
     from mlip.transfer.trained_heads import require_local
 
     out, device = Path(options.out), pick_device(options.device)
@@ -38,7 +43,7 @@ def run_ground(options: argparse.Namespace) -> int:
     require_own_map(out)
     opened = open_checkpoint(options.checkpoint, device=device, lexicon=options.lexicon)
     require_local(opened, "maps of words")
-    answers = ground_image(
+    answers, picture = ground_image(
         opened, Path(options.image), options.phrases, out, with_parts=options.words
     )
     for answer in answers:
@@ -52,6 +57,7 @@ def run_ground(options: argparse.Namespace) -> int:
         for part in answer.parts:
             hot, mean = part.heat.max(), part.heat.mean()
             print(f"  {part.name:<32} best patch {hot:+.3f}, mean {mean:+.3f}")
+    write_map(out, picture)  # last: another's file may lie there by now, and the answers are told
     print(f"{options.out}\nNot for clinical use.")
     return 0
 
@@ -157,6 +163,11 @@ def run_search(options: argparse.Namespace) -> int:
             print(f"{page}{unread(unseen)}")
         except KeptBesideError as error:
             beside.append(str(error))
+        except OSError as error:
+            if not beside:
+                raise
+            # where the table lies is not to be lost with the page
+            beside.append(refusal(error, page) or f"{page}: {error.strerror}")
     if beside:
         raise KeptBesideError("; ".join(beside))
     print("Not for clinical use.")
@@ -208,10 +219,9 @@ def run_outliers(options: argparse.Namespace) -> int:
     split = options.split or ("train" if options.fit else "all")
     opened, manifest = open_for_films(given, device, by_patient=bool(options.fit) or split != "all")
     if options.fit:
-        print(write_reference(opened, manifest, made, split=split))
-        return 0
-    table = write_outliers(opened, manifest, Path(options.reference), made, split=split)
-    print(terminal_text(table))
+        write_reference(opened, manifest, made, split=split, say=_say)
+    else:
+        write_outliers(opened, manifest, Path(options.reference), made, split=split, say=_say)
     return 0
 
 
@@ -244,6 +254,15 @@ def run_classify(options: argparse.Namespace) -> int:
         question = ask_as_evaluated(Path(options.like), opened, head)
     else:
         question = ask_names(options.finding, opened, opened.config.evaluate)
-    table = write_classification(opened, manifest, question, out, split=options.split, head=head)
-    print(terminal_text([*table, "Not for clinical use."]))
+    write_classification(
+        *(opened, manifest, question, out),
+        split=options.split,
+        head=head,
+        say=_say,
+    )
+    print("Not for clinical use.")
     return 0
+
+
+def _say(line: str) -> None:
+    print(terminal_text([line]))

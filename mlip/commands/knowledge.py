@@ -124,17 +124,17 @@ def _embed(arguments: argparse.Namespace, console: Console) -> int:
             seed=arguments.seed,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    write_vectors(vectors, arguments.out, require_own=require_own)
     console.print(
-        f"{arguments.out}: {len(vectors)} of {len(table)} concepts have a relation and a vector "
+        f"{len(vectors)} of {len(table)} concepts have a relation and a vector "
         f"({scores['edges']:.0f} edges); the others have no weight"
     )
     console.print(
         f"{scores['held_out']:.0f} held-out edges: mean reciprocal rank {scores['mrr']:.3f}, "
         f"hits@10 {scores['hits_at_10']:.3f} (chance {scores['chance']:.3f})"
     )
-    console.print(f"use it with knowledge.vectors={arguments.out}")
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    write_vectors(vectors, arguments.out, require_own=require_own)
+    console.print(f"{arguments.out}: use it with knowledge.vectors={arguments.out}")
     return 0
 
 
@@ -191,9 +191,7 @@ def _build(arguments: argparse.Namespace, console: Console) -> int:
     table = merge(tables[0], *tables[1:]) if len(tables) > 1 else tables[0]
     if cues is not None:
         table = ConceptTable(table.concepts, table.provenance, cues)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    write_table(table, arguments.out, require_own=require_own)
-    console.print(f"{arguments.out}: {len(table)} concepts, fingerprint {table.fingerprint[:16]}")
+    console.print(f"{len(table)} concepts, fingerprint {table.fingerprint[:16]}")
     earlier: set[str] = set()
     for part in tables:
         # one that was meant as new and has an old one's code is gone without a word otherwise
@@ -218,6 +216,9 @@ def _build(arguments: argparse.Namespace, console: Console) -> int:
             )
     if table.provenance.get("licensed"):
         console.print("  holds UMLS text: it is yours to use under your licence, not to hand on")
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    write_table(table, arguments.out, require_own=require_own)
+    console.print(f"{arguments.out}")
     return 0
 
 

@@ -172,8 +172,9 @@ def _write(final: Path, training: TrainingState, state: Mapping[str, Any], run_d
 
 def _check_space(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
     wanted = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
-    free = shutil.disk_usage(folder).free
-    if free < wanted * 1.01 + 2**20:  # and room for the JSON
+    total, _, free = shutil.disk_usage(folder)
+    # and room for the JSON; a program's file system (FUSE) that does not tell says 0 of 0
+    if total and free < wanted * 1.01 + 2**20:
         raise CheckpointError(
             f"{folder}: a checkpoint needs {wanted / 2**20:.1f} MiB, the disk has "
             f"{free / 2**20:.1f} MiB free; earlier checkpoints are untouched"

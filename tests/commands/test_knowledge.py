@@ -188,7 +188,9 @@ def test_a_file_that_appears_while_a_table_is_built_stays(tmp_path, capsys, monk
 
     monkeypatch.setattr("mlip.commands.knowledge.read_csv", and_a_file_appears)
     assert call("build", "--csv", str(own), "--out", str(out)) == 2
-    assert capsys.readouterr().err.endswith(f"kept in {tmp_path / 'table-2.jsonl'}\n")
+    told, said = capsys.readouterr()
+    assert "  csv: 1 concepts\n" in told and str(out) not in told  # counts as otherwise
+    assert said.endswith(f"kept in {tmp_path / 'table-2.jsonl'}\n")
     assert out.read_text() == "another's" and "mysign" in load_concepts(tmp_path / "table-2.jsonl")
 
 
@@ -236,7 +238,7 @@ def test_build_tells_of_is_a_that_it_left_out(tmp_path, capsys):
     assert call("build", "--csv", str(own), "--out", str(tmp_path / "table.jsonl")) == 0
     line = " ".join(capsys.readouterr().out.split())
     assert "1 is-a that close a circle left out" in line
-    assert line.endswith("parents that are no id left out: pleural_efusion")
+    assert line.endswith(f"parents that are no id left out: pleural_efusion {tmp_path}/table.jsonl")
     own.write_text("id,name,parents\na,okapi sign,t|u|v|w|x|y|z")
     assert call("build", "--csv", str(own), "--out", str(tmp_path / "table.jsonl")) == 0
     assert "left out: t, u, v, w, x and 2 more" in " ".join(capsys.readouterr().out.split())

@@ -260,6 +260,7 @@ def test_a_file_that_appears_during_the_work_stays_and_the_table_lies_beside_it(
     else:
         table.write_text(json.dumps({"report": REPORTS[0]}) + "\n")
     assert label(table, "--out", out, *ASKED) == 0
+    summary = capsys.readouterr().out.split(f"{out}: ")[0]
     made = out.read_bytes()
     out.unlink()
     states = ReportLabels.states
@@ -271,7 +272,9 @@ def test_a_file_that_appears_during_the_work_stays_and_the_table_lies_beside_it(
     monkeypatch.setattr(ReportLabels, "states", and_a_file_appears)
     assert label(table, "--out", out, *ASKED) == 2
     beside = tmp_path / f"out-2{suffix}"
-    assert "is there already" in (said := capsys.readouterr().err)
+    told, said = capsys.readouterr()
+    assert "labels of" in summary and told == summary
+    assert "is there already" in said
     assert said.endswith(f"what was made meanwhile is kept in {beside}\n")
     assert out.read_text() == "another's" and beside.read_bytes() == made
     assert beside.stat().st_mode & 0o777 == 0o600

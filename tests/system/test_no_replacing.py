@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mlip.settings.typed_tree import ConfigError
-from mlip.system.output_file import KeptBesideError, require_replaceable, whole_file
+from mlip.system.output_file import KeptBesideError, require_replaceable, sync, whole_file
 
 OWN = "ours: "
 
@@ -118,7 +120,7 @@ def test_a_server_that_refuses_what_it_has_done_is_believed_for_what_it_did(
     """NFS: the answer was lost, the question asked again, and the name is there by then."""
     link = os.link
 
-    def twice(*given: str, **options: bool) -> None:
+    def twice(*given: Any, **options: Any) -> None:
         link(*given, **options)
         link(*given, **options)
 
@@ -156,3 +158,27 @@ def test_a_last_renaming_that_fails_leaves_no_empty_file(
     with pytest.raises(OSError, match=os.strerror(last)):
         _write(tmp_path / "b.csv")
     assert (tmp_path / "b.csv").read_text() == "another's, too"
+
+
+def test_a_folder_that_takes_no_fsync_is_no_fault_and_a_file_that_takes_none_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AFS, VirtualBox's shared folders: every checkpoint "cannot be written: Invalid argument"."""
+    code, fsync = errno.EINVAL, os.fsync
+
+    def refuse(descriptor: int) -> None:
+        fsync(descriptor)
+        if is_dir is None or is_dir == stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    (tmp_path / "file").touch()
+    is_dir: bool | None = True
+    sync(tmp_path)
+    sync(tmp_path / "file")
+    is_dir = False
+    with pytest.raises(OSError, match="Invalid"):
+        sync(tmp_path / "file")
+    is_dir, code = True, errno.EIO
+    with pytest.raises(OSError, match="error"):
+        sync(tmp_path)

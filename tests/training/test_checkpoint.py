@@ -318,6 +318,14 @@ def test_a_full_disk_is_named_before_anything_is_written(tmp_path, monkeypatch, 
     assert checkpoint.find_newest(tmp_path) == (good, [])
 
 
+def test_a_disk_that_does_not_tell_its_room_is_written_to(tmp_path, monkeypatch):
+    """A program's file system (FUSE) may say 0 bytes of 0: no run could save there."""
+    usage = shutil.disk_usage(tmp_path)._replace(total=0, used=0, free=0)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage)
+    saved = _save(tmp_path, 1)
+    assert checkpoint.find_newest(tmp_path) == (saved, [])
+
+
 def test_a_write_that_fails_half_way_leaves_the_previous_and_names_the_path(tmp_path):
     # RLIMIT_FSIZE stands for a disk that fills while the file is written
     good = _save(tmp_path, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,12 @@ def write_classification(
     *,
     split: str,
     head: ScoreHead,
-) -> list[str]:
+    say: Callable[[str], None],
+) -> None:
     """A CSV of row_index, a score a finding, yes or no (1 or 0) where thresholds are known, and
     reason (of images that cannot be read), by row.
 
-    Returns: lines for the terminal
+    say  is told the counts before the table is written: they are not lost with its place
     """
     findings = [prompt.finding for prompt in question.prompts]
     decided = [f for f in findings if question.thresholds.get(f) is not None]
@@ -76,8 +78,7 @@ def write_classification(
         yes = np.stack([answers[f] for f in decided], axis=1) if decided else values[:, :0]
         for row, own, said in zip(bank.row_index, values, yes, strict=True):
             lines[int(row)] = [*(f"{value:.6g}" for value in own), *map(int, said)]
-    write_row_table(out, columns, lines, images.bad, require_own=require_own_file)
-    return [
+    told = [
         f"{len(lines)} images, {len(findings)} findings by the {head} score (high = there; no "
         "probability)",
         *(f"  {f}: {n} called (threshold {question.thresholds[f]:.6g})" for f, n in counts.items()),
@@ -88,5 +89,8 @@ def write_classification(
             if question.thresholds and f not in decided
         ),
         *([f"  no thresholds ({question.no_thresholds})"] if question.no_thresholds else []),
-        f"{out}: {len(lines) + len(images.bad)} rows{unread(images.bad)}",
     ]
+    for line in told:
+        say(line)
+    write_row_table(out, columns, lines, images.bad, require_own=require_own_file)
+    say(f"{out}: {len(lines) + len(images.bad)} rows{unread(images.bad)}")

@@ -13,6 +13,7 @@ Rows are numbers of manifest rows, from 0: the join to files and patients stays 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from mlip.transfer.films.row_images import of_split
 from mlip.transfer.fingerprint import hash_of, hash_of_source, hash_of_weights, preprocessing
 
 PART_ROWS = 2048
+_PART_NAME = re.compile(r"part-\d+\.(safetensors|parquet)")
 _READS_REPORTS = ("knowledge", "dataloading/reports")  # modules by which words become mentions
 
 
@@ -212,7 +214,8 @@ def as_table(tensors: dict[str, torch.Tensor]) -> pa.Table:
 def _read_index(path: Path, index: dict[str, Any]) -> dict[str, Any]:
     """What is known of the parts by their names, {} in a new folder.
 
-    Raises:  EmbedError where the index is damaged, or of other embeddings than `index` asks for.
+    Raises:  EmbedError where the index is damaged or another program's, or of other embeddings than
+             `index` asks for, and where parts lie there without one.
     """
     if path.is_file():
         try:
@@ -223,15 +226,17 @@ def _read_index(path: Path, index: dict[str, Any]) -> dict[str, Any]:
                 "form": "safetensors",
                 "images_only": False,
                 **{name: index[name] for name in ("row_index", "columns")},
-                **json.loads(path.read_text(encoding="utf-8")),
+                **(found := json.loads(path.read_text(encoding="utf-8"))),
             }
             # earlier versions kept none: theirs are made again, as is one that is not ours
             parts = {n: part for n, part in old.get("parts", {}).items() if _is_record(part)}
         except (ValueError, TypeError, AttributeError, RecursionError):
             raise EmbedError(
-                f"{path}: damaged: what its parts hold is not known; delete the folder, or name "
-                "another one"
+                f"{path}: damaged: what its parts hold is not known; name another folder, or "
+                "delete this one if `mlip embed` made it"
             ) from None
+        if not found.keys() >= {"weights", "manifest", "preprocessing"}:
+            raise EmbedError(f"{path}: was not written by `mlip embed`: name another folder")
         different = sorted(k for k in index if old.get(k) != index[k])
         if different:
             raise EmbedError(
@@ -239,6 +244,13 @@ def _read_index(path: Path, index: dict[str, Any]) -> dict[str, Any]:
                 "another folder, or delete this one"
             )
         return parts
+    # Spark gives its own such names; and parts of a lost index may be of any model
+    there = sorted(p.name for p in path.parent.iterdir() if _PART_NAME.fullmatch(p.name))
+    if there:
+        raise EmbedError(
+            f"{path.parent} holds {there[0]} and no {path.name}: what made it is not known, and it "
+            "would be replaced; name another folder, or move such files away"
+        )
     _write_index(path, index)
     return {}
 

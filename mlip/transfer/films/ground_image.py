@@ -66,8 +66,8 @@ class Answer:
 @torch.no_grad()
 def ground_image(
     opened: Any, image: Path, phrases: Sequence[str], out: Path, *, with_parts: bool = False
-) -> list[Answer]:
-    """Write the maps of phrases over an image as picture `out`, and say where each points.
+) -> tuple[list[Answer], bytes]:
+    """Where phrases point on an image, and their maps over it as the content of picture `out`.
 
     A name that ends in .dcm gets a DICOM object of the film's study, any other a PNG. All maps are
     on one scale, so that a phrase that fits nowhere is as cold as it is; that of one phrase alone
@@ -119,15 +119,15 @@ def ground_image(
     names = [part.name for answer in answers for part in answer.parts]
     parts_below = list(zip(names, below, strict=True))
     if film is None:
-        _write(out, _marked(_png(_sheet(grey, list(phrases), maps, parts_below), out)))
+        written = _marked(_png(_sheet(grey, list(phrases), maps, parts_below), out))
     else:
         from mlip.dataloading.dicom.capture import NOTICE, capture
 
         sheet = _sheet(grey, list(phrases), maps, parts_below, note=NOTICE)
         rgb = np.ascontiguousarray(sheet[..., ::-1])
         weights = hash_of_weights(opened.model)[:16]
-        _write(out, capture(film, rgb, phrases=phrases, model=weights))
-    return answers
+        written = capture(film, rgb, phrases=phrases, model=weights)
+    return answers, written
 
 
 def _film_of(content: bytes, image: Path, out: Path) -> Film:
@@ -223,7 +223,8 @@ def _sheet(
     return joined
 
 
-def _write(out: Path, content: bytes) -> None:
+def write_map(out: Path, content: bytes) -> None:
+    """Raises:  KeptBesideError where another's file has come to lie there"""
     out.parent.mkdir(parents=True, exist_ok=True)
     # private: it shows a film
     with whole_file(out, is_private=True, require_own=require_own_map) as partial:

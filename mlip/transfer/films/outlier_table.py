@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +30,26 @@ def require_own_table(path: Path) -> None:
     require_replaceable(path, "--out", "table of mlip outliers", is_ours=is_ours)
 
 
-def write_reference(opened: Any, manifest: Manifest, path: Path, *, split: str) -> str:
-    """The reference of the split's images in `path`; what was made, in a line."""
+def write_reference(
+    opened: Any, manifest: Manifest, path: Path, *, split: str, say: Callable[[str], None]
+) -> None:
+    """The reference of the split's images in `path`.
+
+    say  is told what was made before it is written: nothing of it is lost with the file's place
+    """
     images, rows, bad = encode_rows(opened, manifest, split, most=MOST_REFERENCE)
     made_of = {**made_with(opened), "images": str(len(rows)), "split": split}
     reference = fit_reference(
         images, manifest.patient_key[rows], seed=opened.config.run.seed, made_of=made_of
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_reference(reference, path)
     ranked = len(reference.ranked)
-    return (
-        f"{path}: {len(rows) - ranked} images for mean and covariance, {ranked} to rank among "
+    say(
+        f"{len(rows) - ranked} images for mean and covariance, {ranked} to rank among "
         f"(smallest p {1 / (1 + ranked):.2g}){unread(bad)}"
     )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_reference(reference, path)
+    say(f"{path}")
 
 
 def write_outliers(
@@ -52,11 +59,12 @@ def write_outliers(
     out: Path,
     *,
     split: str,
-) -> list[str]:
+    say: Callable[[str], None],
+) -> None:
     """A CSV of row_index, p_value, distance and reason (of images that cannot be read), by row.
 
     Rows are numbers of manifest rows, from 0: files and patients stay in the manifest.
-    Returns: lines for the terminal
+    say  as of write_reference
     """
     reference = load_reference(reference_path, opened)
     images, rows, bad = encode_rows(opened, manifest, split, most=None)
@@ -66,11 +74,10 @@ def write_outliers(
         int(row): (f"{p:.6g}", f"{distance:.6g}")
         for row, p, distance in zip(rows, p_values, distances, strict=True)
     }
+    for line in _summary(rows, p_values, distances):
+        say(line)
     write_row_table(out, _COLUMNS, lines, bad, require_own=require_own_table)
-    return [
-        *_summary(rows, p_values, distances),
-        f"{out}: {len(lines) + len(bad)} rows{unread(bad)}",
-    ]
+    say(f"{out}: {len(lines) + len(bad)} rows{unread(bad)}")
 
 
 def _summary(rows: Array, p_values: Array, distances: Array) -> list[str]:

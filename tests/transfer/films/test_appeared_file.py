@@ -3,6 +3,8 @@ the command made lies beside it then, under a free name that its line tells."""
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,15 @@ def _let_appear(monkeypatch: pytest.MonkeyPatch, *files: Path) -> list[bool]:
     for method in ("encode_image", "encode_text"):
         monkeypatch.setattr(MLIPModel, method, and_files_appear(getattr(MLIPModel, method)))
     return seen
+
+
+def _without_file(said: str, out: Path) -> list[str]:
+    """The lines that do not name the file, or say behind it what the maps are no use for."""
+    return [
+        line
+        for line in said.splitlines()
+        if not line.startswith(str(out)) and line != "Not for clinical use."
+    ]
 
 
 @pytest.mark.parametrize(
@@ -71,7 +82,9 @@ def test_a_file_that_appears_during_the_work_stays_and_what_was_made_lies_beside
         for each in (settings if word == "{settings}" else [word.format(**places)])
     ]
     out = tmp_path / name
+    capsys.readouterr()
     assert main([*given, option, str(out)]) == 0
+    summary = _without_file(capsys.readouterr().out, out)
     made = out.read_bytes()
     out.unlink()
     beside = [out.with_name(f"{out.stem}-{n}{out.suffix}") for n in (2, 3)]
@@ -79,7 +92,9 @@ def test_a_file_that_appears_during_the_work_stays_and_what_was_made_lies_beside
     seen = _let_appear(monkeypatch, out)
     capsys.readouterr()
     assert main([*given, option, str(out)]) == 2
-    said = capsys.readouterr().err
+    told, said = capsys.readouterr()
+    # as otherwise, but that it lies there
+    assert summary and _without_file(told, out) == summary and str(out) not in told
     assert f"{option} {out}: is there already" in said
     assert said.endswith(f"; what was made meanwhile is kept in {beside[1]}\n")
     assert not seen[0] and out.read_text() == "another's"
@@ -104,3 +119,28 @@ def test_a_search_keeps_its_table_and_its_page(
     for name, begin in (("s-2.csv", "kind,query"), ("s-2.html", "<!doctype html>")):
         assert f"kept in {tmp_path / name}" in said
         assert (tmp_path / name).read_text().startswith(begin)
+
+
+def test_a_page_that_cannot_be_written_does_not_hide_where_the_table_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both at once: another's file under --out, and a disk that is full when the page comes."""
+    settings = [*write(tmp_path), f"checkpoint={small_export()}"]
+    archive, out, page = (tmp_path / name for name in ("archive", "s.csv", "s.html"))
+    assert main(["embed", *settings, "--images", "--out", str(archive)]) == 0
+    _let_appear(monkeypatch, out)
+
+    def fill(*given: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(page))
+
+    monkeypatch.setattr("mlip.pages.search_page.write_page", fill)
+    capsys.readouterr()
+    given = [*PHRASE, str(archive), "--out", str(out), "--page", str(page)]
+    assert main(["search", *settings, *given]) == 2
+    said = capsys.readouterr().err
+    assert f"kept in {tmp_path / 's-2.csv'}; {page} cannot be written: No space left" in said
+    out.unlink()
+    monkeypatch.undo()
+    monkeypatch.setattr("mlip.pages.search_page.write_page", fill)
+    assert main(["search", *settings, *given]) == 2
+    assert f"mlip search: {page} cannot be written: No space" in capsys.readouterr().err

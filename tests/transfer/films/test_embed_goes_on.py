@@ -164,3 +164,44 @@ def test_all_that_differs_is_told_and_parts_that_are_whole_are_counted(
     assert "embeddings that differ in form, with_patches: name" in capsys.readouterr().err
     assert embed(tmp_path, root, out="none", split="train") == 3
     assert "'test' has no usable rows of 30 (none at all): choose" in capsys.readouterr().err
+
+
+def test_parts_without_an_index_and_an_index_of_another_program_are_not_written_over(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Spark names its files part-00000.parquet: one was replaced. Of a lost index the parts past
+    the new last one stayed, and a reader of part-* took them for parts of the new one."""
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("part-00000.parquet", "part-00007.safetensors", "part-123456.safetensors"):
+        (out / name).write_text("another's")
+        assert embed(tmp_path, root, "--format", "parquet") == 4
+        said = capsys.readouterr().err
+        assert f"{out} holds {name} and no index.json: what made it is not known" in said
+        assert {p.name for p in out.iterdir()} == {name} and (out / name).read_text() == "another's"
+        (out / name).unlink()
+    for content in ({}, {"parts": {}}, {"files": ["a"]}):
+        (out / "index.json").write_text(json.dumps(content))
+        assert embed(tmp_path, root) == 4
+        assert "index.json: was not written by `mlip embed`: name" in capsys.readouterr().err
+        assert json.loads((out / "index.json").read_text()) == content
+    (out / "index.json").unlink()
+    for name in ("part-00000-c000.snappy.parquet", "part-00000.csv"):
+        (out / name).write_text("another's")  # no name of ours
+    assert embed(tmp_path, root) == 0 and made(capsys.readouterr().out) == [1, 2, 3]
+
+
+def test_a_cut_part_and_one_of_another_archive_are_made_again(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: the folder before."""
+    assert embed(tmp_path, root) == 0
+    assert embed(tmp_path, root, "--images", out="images") == 0
+    out = tmp_path / "out"
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    first, second = (out / f"part-0000{number}.safetensors" for number in range(2))
+    first.write_bytes(before[first.name][: len(before[first.name]) // 2])
+    second.write_bytes((tmp_path / "images" / second.name).read_bytes())
+    capsys.readouterr()
+    assert embed(tmp_path, root) == 0 and made(capsys.readouterr().out) == [1, 2]
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before

@@ -191,13 +191,16 @@ def test_a_phrase_alone_is_drawn_as_the_hottest_of_several(tmp_path: Path) -> No
     film = tmp_path / "film.png"
     cv2.imwrite(str(film), np.random.default_rng(2).integers(20, 220, (90, 150)).astype(np.uint8))
     phrase = "left pleural effusion"
-    (one,) = ground_image.ground_image(opened, film, [phrase], tmp_path / "one.png")
-    two = ground_image.ground_image(opened, film, [phrase, phrase], tmp_path / "two.png")
+    (one,), alone_png = ground_image.ground_image(opened, film, [phrase], Path("one.png"))
+    two, twice_png = ground_image.ground_image(opened, film, [phrase, phrase], Path("two.png"))
     for answer in two:
         assert (answer.phrase, answer.mentions) == (phrase, one.mentions)
         assert answer.point == pytest.approx(one.point, abs=0.5)
         assert (answer.highest, answer.mean) == pytest.approx((one.highest, one.mean), abs=1e-5)
-    alone, twice = (cv2.imread(str(tmp_path / f"{name}.png")) for name in ("one", "two"))
+    alone, twice = (
+        cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR)
+        for png in (alone_png, twice_png)
+    )
     captioned = twice[ground_image.CAPTION_PX :]
     np.testing.assert_allclose(captioned[:, : alone.shape[1]].astype(int), alone, atol=3)
     width = (alone.shape[1] - 4) // 2
