@@ -49,17 +49,36 @@ def require_writable(folder: Path) -> Path:
 
 
 def require_replaceable(path: Path, option: str, kind: str, *, is_ours: bool) -> None:
-    """Raises:  ConfigError for a folder, or a file that is there and of another kind.
+    """Raises:  ConfigError for a folder, a file that is there and of another kind, or a name that
+             the disk does not take.
 
     A manifest, a model's weights or what the command reads, named by mistake, would be lost.
     is_ours  whether the file, where there is one that holds something, is of this kind
     """
-    if not path.exists() or (path.is_file() and (is_ours or not path.stat().st_size)):
+    if not path.exists():
+        _try_name(path, option)
+        return
+    if path.is_file() and (is_ours or not path.stat().st_size):
         return
     raise ConfigError(
         f"{option} {path}: is there already and is no {kind}: expected the name of a new file, or "
         "of one to replace"
     )
+
+
+def _try_name(path: Path, option: str) -> None:
+    """Raises:  ConfigError for a name too long for what stands around it while it is written, or
+    with a sign that FAT and exFAT refuse, as ":": after hours is too late to find out."""
+    trial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.name")
+    if not path.parent.is_dir():  # is made later
+        return
+    try:
+        os.close(new_file(trial))
+        trial.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"{option} {path}: a file of this name cannot be made: {error.strerror}; name another"
+        ) from None
 
 
 def begins_with(path: Path, begin: str) -> bool:

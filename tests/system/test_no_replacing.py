@@ -188,3 +188,28 @@ def test_a_folder_that_takes_no_fsync_is_no_fault_and_a_file_that_takes_none_is(
     is_dir, code = True, errno.EIO
     with pytest.raises(OSError, match="error"):
         sync(tmp_path)
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOENT])
+def test_a_name_that_the_disk_does_not_take_is_told_before_the_work(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the end it was a traceback. 245 letters have no room for what is written first; exFAT by
+    the kernel's driver has EINVAL for a colon, by FUSE ENOENT."""
+    long = tmp_path / ("x" * 245 + ".csv")
+    with pytest.raises(
+        ConfigError, match="--out .*x.csv: a file of this name cannot be made: .*long"
+    ):
+        _ask(long)
+    _ask(tmp_path / "not yet" / "a.csv")
+    _ask(tmp_path / "a.csv")
+    assert not _names(tmp_path)
+
+    def refuse(path: str, *given: Any, **options: Any) -> int:
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(
+        ConfigError, match=f"a:b.csv: a file .* cannot be made: {os.strerror(code)}"
+    ):
+        _ask(tmp_path / "a:b.csv")
