@@ -66,7 +66,7 @@ setup(
         "dev": [
             *("pytest>=8", "pytest-xdist>=3.6"),
             *("ruff>=0.9", "mypy>=1.13", "triton", "torchmetrics>=1.6"),
-            "numpy<2.4",  # 2.4 breaks the interpreter of triton 3.6, for tests; not that of 3.8
+            "numpy<2.4",  # 2.4 breaks the interpreter of triton 3.6, the one on a GPU, for tests
             "matplotlib>=3.9",  # curves of benchmarks/step_report.py
             "accelerate>=1.1",  # what transformers.Trainer asks for
         ],

@@ -88,6 +88,20 @@ def test_on_arm_the_extra_for_gpus_asks_for_no_xformers(wheel: Path) -> None:
     assert of_gpu("x86_64") == of_gpu("aarch64") | {"xformers"}
 
 
+# the metadata of torch's build for CUDA, the one on PyPI, asks for exactly this Triton
+TRITON_OF_TORCH = {"2.11.0": "3.6.0", "2.13.0": "3.7.1"}
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
+def test_a_set_asks_for_the_triton_that_its_torch_asks_for(name: str) -> None:
+    """pip finds no solution otherwise, and the README's first command ends there; an index with
+    torch's CPU build, which asks for none, hides that."""
+    lines = (ROOT / "constraints" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+    needed = TRITON_OF_TORCH[pins["torch"]]
+    assert pins.get("triton", needed) == needed
+
+
 def test_an_sdist_holds_what_a_wheel_is_built_from(source: Path, wheel: Path) -> None:
     """Half of the tests, without what they import, would fail for whoever runs them."""
     subprocess.run(

