@@ -13,7 +13,7 @@ from mlip.transfer.alignment.grounding import is_inside
 
 KINDS = {
     "keyword": "Name of the finding",
-    "sentence": "Sentence with its side",
+    "sentence": "Sentence that states it",
     "swapped": "Same words, image without it",
 }
 NO_TEXT = "report {study}"

@@ -9,7 +9,7 @@ from mlip.pages.charts import BLUE, MUTED, Mark, scale_axis, scale_marks
 from mlip.transfer.table import classes_text
 
 MOST_SHOWN = 8  # differences of single findings that the page names
-WIDTH_PX = 170
+WIDTH_PX = 132  # of the scale beside eight columns in a page of 1000 px
 STEP = 0.1  # of the scale's ends
 
 
