@@ -27,7 +27,7 @@ from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.linker import FEW_KNOWN_WORDS, Linker, few_known_words
 from mlip.knowledge.report_labels import ReportLabels, chexpert_names
 from mlip.settings.config import Columns, ConfigError
-from mlip.system.output_file import require_writable, sync, whole_file
+from mlip.system.output_file import require_name, require_writable, sync, whole_file
 from mlip.system.unread_output import terminal_text
 
 # of each: the names that a report states, denies or leaves unmentioned, and doubts
@@ -79,6 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     require_free(out)
     require_writable(out.absolute().parent)
+    require_name(out, "--out")
     if not arguments.prefix.isprintable():
         raise ConfigError(f"--prefix {arguments.prefix!r}: expected the begin of a column's name")
     linker = Linker(load_concepts(arguments.lexicon))

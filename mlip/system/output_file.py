@@ -55,26 +55,25 @@ def require_replaceable(path: Path, option: str, kind: str, *, is_ours: bool) ->
     A manifest, a model's weights or what the command reads, named by mistake, would be lost.
     is_ours  whether the file, where there is one that holds something, is of this kind
     """
-    if not path.exists():
-        _try_name(path, option)
-        return
-    if path.is_file() and (is_ours or not path.stat().st_size):
-        return
-    raise ConfigError(
-        f"{option} {path}: is there already and is no {kind}: expected the name of a new file, or "
-        "of one to replace"
-    )
+    if path.exists() and not (path.is_file() and (is_ours or not path.stat().st_size)):
+        raise ConfigError(
+            f"{option} {path}: is there already and is no {kind}: expected the name of a new file, "
+            "or of one to replace"
+        )
+    require_name(path, option)
 
 
-def _try_name(path: Path, option: str) -> None:
+def require_name(path: Path, option: str) -> None:
     """Raises:  ConfigError for a name too long for what stands around it while it is written, or
-    with a sign that FAT and exFAT refuse, as ":": after hours is too late to find out."""
-    trial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.name")
-    if not path.parent.is_dir():  # is made later
+    with a sign that FAT and exFAT refuse, as ":": after hours is too late to find out.
+    """
+    partial = _partial(path)
+    # a folder that is made later; a file that is written, which is asked about again at its end
+    if not path.parent.is_dir() or os.path.lexists(partial):
         return
     try:
-        os.close(new_file(trial))
-        trial.unlink()
+        os.close(new_file(partial))
+        partial.unlink()
     except OSError as error:
         raise ConfigError(
             f"{option} {path}: a file of this name cannot be made: {error.strerror}; name another"
@@ -147,10 +146,8 @@ def whole_file(
     Raises:  KeptBesideError where `require_own` raises ConfigError by then, or nothing can be
              renamed to `path`
     """
-    # containers on one disk have equal process numbers
-    begin = f".{path.name}.{socket.gethostname()}."
-    _remove_leftovers(path.parent, begin)
-    partial = path.with_name(f"{begin}{os.getpid()}")
+    partial = _partial(path)
+    _remove_leftovers(path.parent, partial.name.removesuffix(str(os.getpid())))
     try:
         os.close(new_file(partial, 0o600 if is_private else 0o666))
         yield partial
@@ -163,6 +160,12 @@ def whole_file(
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+
+
+def _partial(path: Path) -> Path:
+    """What this process writes first, beside `path`."""
+    # containers on one disk have equal process numbers
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
 
 
 def _put_or_keep(partial: Path, path: Path, require_own: Callable[[Path], None]) -> None:

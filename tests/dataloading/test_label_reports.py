@@ -325,3 +325,12 @@ def test_generated_reports_give_the_truth_of_their_studies_and_an_evaluation_tak
     scored = json.loads((tmp_path / "scores" / "results.json").read_text())
     per_finding = scored["zero_shot"]["findings"]
     assert {row["finding"] for row in per_finding} <= set(findings) and per_finding
+
+
+def test_a_name_without_room_for_what_is_written_first_is_told_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table, out = write_csv(tmp_path / "m.csv"), tmp_path / f"{'x' * 245}.csv"
+    monkeypatch.setattr(label_reports, "Linker", None)  # nothing is read by then
+    assert label(table, "--out", out, *ASKED) == 2
+    assert "x.csv: a file of this name cannot be made: File name too" in capsys.readouterr().err

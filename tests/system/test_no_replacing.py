@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from threading import Barrier, Thread, get_ident
@@ -16,9 +19,11 @@ from typing import Any
 import pytest
 
 from mlip.settings.typed_tree import ConfigError
+from mlip.system import output_file
 from mlip.system.output_file import (
     KeptBesideError,
     _put_or_keep,
+    new_file,
     require_replaceable,
     sync,
     whole_file,
@@ -204,6 +209,10 @@ def test_a_name_that_the_disk_does_not_take_is_told_before_the_work(
     _ask(tmp_path / "not yet" / "a.csv")
     _ask(tmp_path / "a.csv")
     assert not _names(tmp_path)
+    ours = tmp_path / ("y" * 245 + ".csv")  # replaced by way of a longer name
+    ours.write_text(OWN)
+    with pytest.raises(ConfigError, match="y.csv: a file of this name cannot be made"):
+        _ask(ours)
 
     def refuse(path: str, *given: Any, **options: Any) -> int:
         raise OSError(code, os.strerror(code), str(path))
@@ -213,3 +222,34 @@ def test_a_name_that_the_disk_does_not_take_is_told_before_the_work(
         ConfigError, match=f"a:b.csv: a file .* cannot be made: {os.strerror(code)}"
     ):
         _ask(tmp_path / "a:b.csv")
+
+
+def test_the_name_is_tried_before_the_work_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked again at the end, where a disk may have no room for one more file, and a link has."""
+    made = list[Path]()
+
+    def count(path: Path, mode: int = 0o666) -> int:
+        made.append(path)
+        return new_file(path, mode)
+
+    monkeypatch.setattr(output_file, "new_file", count)
+    _ask(tmp_path / "a.csv")
+    _write(tmp_path / "a.csv")
+    assert len(made) == 2 and len(set(made)) == 1  # the trial, and what is then renamed
+    assert _names(tmp_path) == {"a.csv"}
+
+
+def test_a_trial_that_is_killed_leaves_what_the_next_write_removes(tmp_path: Path) -> None:
+    script = (
+        "import os, pathlib, signal, sys\n"
+        "from mlip.system import output_file\n"
+        "output_file.os.close = lambda number: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "output_file.require_name(pathlib.Path(sys.argv[1]), '--out')\n"
+    )
+    path = tmp_path / "a.csv"
+    ended = subprocess.run([sys.executable, "-c", script, path], check=False)
+    assert ended.returncode == -signal.SIGKILL and len(_names(tmp_path)) == 1
+    _write(path)
+    assert _names(tmp_path) == {"a.csv"}
