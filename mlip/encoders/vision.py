@@ -81,6 +81,11 @@ class ResNetTower(nn.Module):
             config = self.backbone.config
         _check_channels(config.num_channels, channels, settings.source)
         stages = len(config.hidden_sizes)
+        if stages != len(config.depths):  # transformers builds as many stages as the shorter has
+            raise ValueError(
+                f"model.vision.options: hidden_sizes={config.hidden_sizes} and depths="
+                f"{config.depths}: expected a number of each for every stage"
+            )
         if not 0 <= settings.patch_stage < stages:
             raise ValueError(
                 f"model.vision.patch_stage: expected 0 to {stages - 1} for a ResNet of {stages} "
@@ -174,6 +179,12 @@ class ViTTower(nn.Module):
                 attn_implementation=name,
             )
             config = self.backbone.config
+        if not isinstance(config.patch_size, int):
+            raise ValueError(
+                f"model.vision: patch_size={config.patch_size}: expected one number, the side of a "
+                "square patch"
+            )
+        if settings.source is not None:
             _resample_positions(self.backbone, image_px)
         _check_channels(config.num_channels, channels, settings.source)
         if settings.checkpointing:
@@ -183,7 +194,7 @@ class ViTTower(nn.Module):
             round_once(layer.attention)
         if residual == "bf16":
             round_residual(self.backbone)
-        self.patch_px = int(config.patch_size)
+        self.patch_px = config.patch_size
         if image_px % self.patch_px:
             raise ValueError(
                 f"data.crop_px={image_px}: expected a multiple of the ViT's patch_size, "

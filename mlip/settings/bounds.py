@@ -26,7 +26,8 @@ class Range:
     def holds(self, value: float) -> bool:
         above = value > self.least if self.is_open_below else value >= self.least
         below = value < self.most if self.is_open_above else value <= self.most
-        return math.isfinite(value) and above and below
+        # not math.isfinite: it raises for a whole number that no float holds
+        return abs(value) < math.inf and above and below
 
     def __str__(self) -> str:
         if math.isinf(self.most):
@@ -78,7 +79,7 @@ BOUNDS: dict[str, Range] = {
     "batch.micro_images": FROM_0,
     "batch.micro_texts": FROM_0,
     "train.max_steps": FROM_0,
-    "train.epochs": FROM_0,
+    "train.epochs": Range(0, 1_000_000),
     "train.lr": Range(0, 1000),
     "train.lr_reference_pairs": FROM_0,
     "train.weight_decay": Range(0, 1000),

@@ -15,6 +15,8 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args, get_origin
 
+MOST_INT = 2**63 - 1  # of torch's generators, and of what counts steps
+
 
 class ConfigError(ValueError):
     """A setting that does not exist, has the wrong type, or contradicts another one."""
@@ -166,6 +168,8 @@ def build(cls: Any, tree: Mapping[str, Any], path: str) -> Any:
 def _coerce(value: Any, kind: Any, key: str) -> Any:
     """`value` as the hinted type, or a ConfigError that names `key`."""
     origin, arguments = get_origin(kind), get_args(kind)
+    if kind in (int, float) and isinstance(value, int) and abs(value) > MOST_INT:
+        raise ConfigError(f"{key}: expected a number of up to 2^63 - 1, got {str(value):.20}...")
     if dataclasses.is_dataclass(kind):
         return build(kind, value, f"{key}.")
     if origin is Literal:

@@ -15,7 +15,8 @@ from mlip.ranks import distributed
 from mlip.settings.config import Config, ConfigError, flatten
 from mlip.training.schedule import peak_lr
 
-# Sections that tune how DeepSpeed communicates or what it reports, and change no number.
+# Keys that tune how DeepSpeed communicates or what it reports, and change no number; one that ends
+# in "." or "_" stands for all that begin with it.
 _FREE_KEYS = (
     "zero_optimization.reduce_bucket_size",
     "zero_optimization.allgather_bucket_size",
@@ -179,7 +180,7 @@ def _merge_free(
                     f"DeepSpeed JSON: {key} is {value!r}, but {name} is {ours!r}; leave "
                     "the key out of the JSON: it is derived from the config"
                 )
-        elif key.startswith(_FREE_KEYS):
+        elif any(key == k or (k[-1] in "._" and key.startswith(k)) for k in _FREE_KEYS):
             *sections, leaf = key.split(".")
             place = into
             for section in sections:

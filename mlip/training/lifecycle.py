@@ -16,6 +16,7 @@ import re
 import secrets
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +27,7 @@ import psutil
 
 from mlip.ranks import distributed
 from mlip.settings.config import ConfigError
+from mlip.settings.config_file import CHECKPOINTS
 from mlip.system.folder_lock import is_seen, lock, open_lock
 from mlip.system.machine import limit_reached
 from mlip.system.output_file import new_file, open_to_append, refusal
@@ -270,6 +272,7 @@ def locked_folder(folder: Path, timeout_s: float = 300.0) -> Iterator[None]:
             os.fsync(descriptor)  # other nodes read it while it is open here
             for lines in filter(os.path.lexists, (folder / name for name in _OF_LINES)):
                 os.close(open_to_append(lines))
+            _try_checkpoints(folder / CHECKPOINTS)
         except BlockingIOError:
             owner = os.read(descriptor, 200).decode(errors="replace").split("\n")[0]
             kind = FolderInUse
@@ -287,6 +290,21 @@ def locked_folder(folder: Path, timeout_s: float = 300.0) -> Iterator[None]:
     finally:
         if descriptor >= 0:
             os.close(descriptor)
+
+
+def _try_checkpoints(folder: Path) -> None:
+    """Raises:  OSError where what stands there takes no file.
+
+    A link to a disk that is not mounted looks like a run that has saved nothing: it would begin
+    anew, and lose at its first save what it has trained.
+    """
+    if os.path.lexists(folder):
+        try:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            reason = f"its {folder.name} takes no file: {error.strerror}"
+            raise OSError(error.errno, reason, str(folder)) from None
 
 
 def _require_one_folder(folder: Path, mark: str, timeout_s: float) -> None:

@@ -190,6 +190,27 @@ def test_a_patch_stage_that_does_not_exist_is_refused() -> None:
         VisionEncoder(dataclasses.replace(RESNET, patch_stage=2), channels=1, image_px=64)
 
 
+@pytest.mark.parametrize("depths", [[1], [1, 1, 1]])
+def test_a_stage_without_its_depth_or_its_width_is_refused(depths: list[int]) -> None:
+    # torch said that matrices of two shapes cannot be multiplied
+    settings = dataclasses.replace(RESNET, options={**RESNET.options, "depths": depths})
+    with pytest.raises(ValueError, match=r"model.vision.options: hidden_sizes=.* and depths=\[1"):
+        VisionEncoder(settings, channels=1, image_px=64)
+
+
+def test_a_patch_of_two_sides_is_refused(tmp_path: Path) -> None:
+    """transformers builds one, and its folder may say so: int() of a list was the error."""
+    options = {**VIT.options, "patch_size": [16, 16]}
+    refused = pytest.raises(ValueError, match=r"patch_size=\[16, 16\]: expected one number")
+    with refused:
+        VisionEncoder(dataclasses.replace(VIT, options=options), channels=1, image_px=64)
+    ViTModel(ViTConfig(**options, image_size=32, num_channels=1)).save_pretrained(tmp_path)
+    with refused:
+        VisionEncoder(
+            dataclasses.replace(VIT, source=str(tmp_path), options={}), channels=1, image_px=64
+        )
+
+
 def test_patches_that_do_not_tile_the_image_are_refused() -> None:
     # 24-px patches of 64 px saw 48 x 48 px; a grid of 8 x 8 pooled by 5 lost three rows
     vit = dataclasses.replace(VIT, options={**VIT.options, "patch_size": 24})

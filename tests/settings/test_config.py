@@ -94,10 +94,23 @@ transfer.fractions=[33.3333333,33.3333334] transfer.iou_thresholds=[0.5,0.5] tra
 """.split()
 
 
-@pytest.mark.parametrize("override", WRONG)
+# whole numbers that no float or no counter of torch's holds: OverflowError, and a traceback
+TOO_BIG = [
+    *(f"{key}={10**400}" for key in ("train.max_steps", "train.lr", "run.seed")),
+    *("model.embed_dim=99999999999999999999", "train.epochs=1e308"),
+    f"transfer.seeds=[{10**400}]",
+]
+
+
+@pytest.mark.parametrize("override", [*WRONG, *TOO_BIG], ids=lambda text: text[:60])
 def test_a_wrong_value_is_an_error_that_names_its_key(override: str) -> None:
     with pytest.raises(ConfigError, match=override.split("=")[0].replace(".", r"\.")):
         config.load([], [override])
+
+
+def test_a_number_of_a_tower_is_looked_at_by_the_tower() -> None:
+    loaded = config.load([], [f"model.text.options={{hidden_size: {10**400}}}"])
+    assert loaded.model.text.options == {"hidden_size": 10**400}
 
 
 def test_every_number_has_a_range_and_every_range_a_number() -> None:

@@ -115,6 +115,8 @@ def test_what_the_device_decides_has_no_second_setting():
         ({"gradient_clipping": 5.0}, ["gradient_clipping", "5.0", "train.clip_norm", "1.0"]),
         ({"scheduler": {"type": "WarmupLR"}}, ["scheduler.type", "WarmupLR"]),
         ({"curriculum_learning": {"enabled": True}}, ["curriculum_learning.enabled"]),
+        ({"steps_per_print": {"every": 5}}, ["steps_per_print.every=5 has no place"]),
+        ({"dump_state_too": True}, ["dump_state_too=True has no place"]),
     ],
 )
 def test_a_json_that_contradicts_is_refused_with_both_values(user, named):

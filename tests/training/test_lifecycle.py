@@ -540,6 +540,31 @@ def test_a_file_in_the_folders_place_is_a_settings_error(tmp_path):
             pass
 
 
+@pytest.mark.parametrize(
+    ("stands", "told"),
+    [
+        (lambda path: path.write_text(""), "Not a directory"),
+        # a disk that is not mounted: the run looked as if nothing were saved, and began anew
+        (lambda path: path.symlink_to("/not/mounted"), "No such file or directory"),
+    ],
+    ids=["file", "link to nowhere"],
+)
+def test_what_takes_no_checkpoint_is_found_before_the_training(tmp_path, stands, told):
+    """It was found at the last save, after all steps, and they were lost."""
+    stands(tmp_path / "checkpoints")
+    with pytest.raises(ConfigError, match=f"cannot be written: its checkpoints takes.*: {told}"):
+        with locked_folder(tmp_path):
+            pass
+
+
+def test_checkpoints_may_lie_on_another_disk(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "disk")
+    with locked_folder(tmp_path / "run"):
+        assert not list((tmp_path / "disk").iterdir())
+
+
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_is_told_of_and_used(tmp_path, monkeypatch, caplog, code):
     # Lustre mounted without -o flock: "Function not implemented"
