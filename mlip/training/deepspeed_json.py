@@ -181,6 +181,11 @@ def _merge_free(
                     "the key out of the JSON: it is derived from the config"
                 )
         elif any(key == k or (k[-1] in "._" and key.startswith(k)) for k in _FREE_KEYS):
+            if key == "steps_per_print" and value == 0:
+                raise ConfigError(
+                    "DeepSpeed JSON: steps_per_print is 0, by which DeepSpeed divides; leave the "
+                    "key out for a DeepSpeed that prints nothing"
+                )
             *sections, leaf = key.split(".")
             place = into
             for section in sections:

@@ -116,6 +116,7 @@ def test_what_the_device_decides_has_no_second_setting():
         ({"scheduler": {"type": "WarmupLR"}}, ["scheduler.type", "WarmupLR"]),
         ({"curriculum_learning": {"enabled": True}}, ["curriculum_learning.enabled"]),
         ({"steps_per_print": {"every": 5}}, ["steps_per_print.every=5 has no place"]),
+        ({"steps_per_print": 0}, ["steps_per_print is 0", "leave the key out"]),
         ({"dump_state_too": True}, ["dump_state_too=True has no place"]),
     ],
 )
