@@ -84,6 +84,8 @@ def read_table(
         else:
             columns = _whole_csv(path, wanted, take or {}, free)
     except OSError as error:
+        if error.errno is None:  # Arrow's, of a damaged Parquet file
+            raise _explained(error, path) from None
         below = "" if path.is_absolute() else f" (looked for below {os.getcwd()})"
         raise ManifestError(f"{path}: cannot be read: {error.strerror}{below}") from None
     except (CsvError, KindError, UnicodeError, pa.ArrowException) as error:
@@ -105,6 +107,8 @@ def column_names(path: Path) -> list[str]:
             return list(pa.parquet.read_schema(path).names)
         return _jsonl_names(path, set()) if suffix in _JSONL else read_header(path)[0]
     except OSError as error:
+        if error.errno is None:
+            raise _explained(error, path) from None
         raise ManifestError(f"{path}: cannot be read: {error.strerror}") from None
     except (CsvError, UnicodeError, pa.ArrowException) as error:
         raise _explained(error, path) from None
@@ -119,7 +123,7 @@ def _check_suffix(path: Path) -> None:
 
 def _explained(error: Exception, path: Path) -> ManifestError | LimitError:
     """Without a word of Arrow's or Python's own: they quote cells."""
-    if isinstance(error, pa.ArrowException) and (told := limit_reached(error)):
+    if isinstance(error, OSError | pa.ArrowException) and (told := limit_reached(error)):
         return LimitError(f"{path}: cannot be read: {told}")
     if isinstance(error, CsvError | KindError):
         return ManifestError(f"{path}: {error}")

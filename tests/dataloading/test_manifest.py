@@ -17,6 +17,7 @@ import pyarrow.parquet
 import pytest
 
 from mlip.dataloading.manifest import Manifest, ManifestError, load_manifest
+from mlip.dataloading.tables.table import column_names
 from mlip.settings import config
 from mlip.system.machine import LimitError
 
@@ -198,6 +199,17 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.parquet").write_bytes(b"PAR1 no table")
     with pytest.raises(ManifestError, match="damaged"):
         load(tmp_path / "m.parquet")
+
+
+def test_a_damaged_parquet_file_is_called_damaged(tmp_path: Path) -> None:
+    """Arrow raises an OSError without a number for much of it: "cannot be read: None" was told."""
+    path = tmp_path / "m.parquet"
+    pa.parquet.write_table(pa.table({"image": ["a.png"]}), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:4] + b"\xff" * (len(whole) - 12) + whole[-8:])  # the footer's bytes
+    for read in (load, column_names):
+        with pytest.raises(ManifestError, match=r"m\.parquet: cannot be read as parquet: damaged"):
+            read(path)
 
 
 def test_errors_never_hold_report_text_or_a_patient_id(tmp_path: Path) -> None:
