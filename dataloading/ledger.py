@@ -28,6 +28,7 @@ REASONS = {
     "unsupported": "the file is no JPEG, PNG or DICOM that can be read",
     "truncated": "the file ends before its picture does",
     "undecodable": "the decoder refused the file",
+    "internal_error": "an error of this program, not of the file: please report it",
     "hash_mismatch": "the bytes differ from the manifest's SHA-256",
 }
 # beside these: CODES of dicom/source.py, for what only a DICOM file can have wrong

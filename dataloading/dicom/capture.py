@@ -138,7 +138,8 @@ def _copied(source: Dataset, tags: Sequence[BaseTag]) -> Dataset:
         representation = pydicom.datadict.dictionary_VR(tag)
         if representation == "SQ":
             found = element.value or []
-            if isinstance(found, bytes):  # what read_dataset could not open
+            # text, or bytes that read_dataset could not open
+            if not isinstance(found, list | pydicom.Sequence):
                 raise DicomError("malformed", pydicom.datadict.keyword_for_tag(tag))
             items = [_copied(item, list(item.keys())) for item in found]
             made[tag] = pydicom.DataElement(tag, "SQ", items)

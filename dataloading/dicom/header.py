@@ -17,6 +17,7 @@ from mlip.dataloading.dicom.values import (
     read_code,
     read_entries,
     read_integer,
+    read_items,
     read_numbers,
     read_text,
     value_of,
@@ -161,8 +162,8 @@ def _lift_groups(dataset: Dataset) -> None:
     """Copies what the one frame's functional groups say to the top, unless it stands there."""
     for name in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
         for group, tags in _GROUPS.items():
-            for item in (value_of(dataset, name) or [])[:1]:
-                for inner in (value_of(item, group) or [])[:1]:
+            for item in read_items(dataset, name, "malformed")[:1]:
+                for inner in read_items(item, group, "malformed")[:1]:
                     for tag in tags:
                         if tag in inner and tag not in dataset:
                             dataset[tag] = inner[tag]

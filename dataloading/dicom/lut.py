@@ -8,7 +8,7 @@ import numpy as np
 from pydicom.dataset import Dataset
 
 from mlip.dataloading.dicom.source import DicomError, error_wall
-from mlip.dataloading.dicom.values import value_of
+from mlip.dataloading.dicom.values import read_items, read_numbers
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def read_luts(
 
 def _lut(dataset: Dataset, name: str, inputs: list[float], notes: list[str]) -> Lut | None:
     """The first table of a sequence, None where there is none; inputs: lowest, highest."""
-    sequence = value_of(dataset, name)
+    sequence = read_items(dataset, name, "bad_lut")
     if not sequence:
         return None
     if len(sequence) > 1:
@@ -48,7 +48,10 @@ def _lut(dataset: Dataset, name: str, inputs: list[float], notes: list[str]) -> 
         notes.append("first_of_several_voi_luts" if is_voi else "first_of_several_modality_luts")
     with error_wall("bad_lut"):
         item = sequence[0]
-        count, first, bits = (int(v) for v in item["LUTDescriptor"].value)
+        descriptor = read_numbers(item, "LUTDescriptor") or []
+        if len(descriptor) != 3:
+            raise DicomError("bad_lut", "its descriptor is not three numbers")
+        count, first, bits = map(int, descriptor)
         count = (count & 0xFFFF) or 1 << 16
         first = _first_input(first & 0xFFFF, count, inputs)
         if not 8 <= bits <= 16:
@@ -63,7 +66,10 @@ def _lut(dataset: Dataset, name: str, inputs: list[float], notes: list[str]) -> 
             else:
                 raise DicomError("bad_lut", f"{len(data)} bytes for {count} entries")
         else:
-            values = np.atleast_1d(np.asarray(data, np.int64)) & 0xFFFF
+            try:
+                values = np.atleast_1d(np.asarray(data, np.int64)) & 0xFFFF
+            except (TypeError, ValueError, OverflowError):
+                raise DicomError("bad_lut", "entries that are no whole numbers") from None
             if len(values) < count:
                 raise DicomError("bad_lut", f"{len(values)} of {count} entries")
             values = values[:count]

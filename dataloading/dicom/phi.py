@@ -13,6 +13,7 @@ from pydicom.dataset import Dataset
 from pydicom.tag import Tag
 
 from mlip.dataloading.dicom.source import error_wall, open_regular, read_everything_but_pixels
+from mlip.dataloading.dicom.values import value_of
 
 # Attributes that the Basic Application Level Confidentiality Profile removes, empties or replaces
 # and whose value representation alone does not give them away (PS3.15 Table E.1-1, edition 2026c).
@@ -175,7 +176,7 @@ def check_phi(source: str | os.PathLike[str] | bytes) -> list[Leftover]:
 
 
 def _plain(dataset: Dataset, name: str) -> str:
-    value = dataset.get(name)
+    value = value_of(dataset, name)
     return value.strip().upper() if isinstance(value, str) else ""
 
 

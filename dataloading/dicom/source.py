@@ -23,6 +23,7 @@ from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 
 from mlip.dataloading.image_limits import MAX_FILE_BYTES
+from mlip.system.own_mistake import own_mistake
 
 # pydicom's warnings and log lines quote tag values, which may identify a patient.
 warnings.filterwarnings("ignore", module=r"pydicom(\..*)?")
@@ -67,6 +68,7 @@ CODES = {
     "frame_mismatch": "the compressed frame is not of the size or depth the header says",
     "decode_failed": "the compressed frame cannot be decoded",
     "out_of_memory": "not enough memory",
+    "internal_error": "an error of this program, not of the file: please report it",
 }
 
 
@@ -89,7 +91,8 @@ def error_wall(code: str) -> Iterator[None]:
     """Turn every exception of a library into DicomError(code).
 
     StopIteration out of a decoder would end a DataLoader's epoch without an error, so the wall
-    has to be total; the library's text is dropped because it may quote tag values.
+    has to be total; the library's text is dropped because it may quote tag values. What arose in a
+    line of ours is no fault of the file, and is not told as one.
     """
     try:
         yield
@@ -98,6 +101,8 @@ def error_wall(code: str) -> Iterator[None]:
     except MemoryError as error:
         raise DicomError("out_of_memory") from error
     except Exception as error:
+        if (place := own_mistake(error)) is not None:
+            raise DicomError("internal_error", place) from error
         raise DicomError(code, type(error).__name__) from error
 
 

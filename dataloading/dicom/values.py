@@ -21,6 +21,19 @@ def value_of(dataset: Dataset, name: str) -> Any:
     return None if value is None or value == "" else value
 
 
+def read_items(dataset: Dataset, name: str, code: str) -> list[Dataset]:
+    """The items of a sequence, none where it is absent; DicomError(code) where it is another kind.
+
+    Files call text a sequence, and one that says how to read the pixels is not passed over.
+    """
+    value = value_of(dataset, name)
+    if value is None:
+        return []
+    if not isinstance(value, pydicom.Sequence):
+        raise DicomError(code, f"{name} is no sequence")
+    return list(value)
+
+
 def is_empty(dataset: Dataset, name: str) -> bool:
     """Whether the attribute stands there without a value; a word for a number is not empty."""
     value = dataset.get_item(name).value

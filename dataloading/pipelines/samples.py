@@ -24,6 +24,7 @@ from mlip.dataloading.manifest import Manifest, ManifestError
 from mlip.dataloading.pipelines.sampler import Plan, SequentialOrder, TrainingOrder
 from mlip.settings.config import Data
 from mlip.system.machine import LimitError
+from mlip.system.own_mistake import own_mistake
 
 T = TypeVar("T")
 Bad = tuple[int, int, str, bool]  # epoch, row, reason, met in the order (not as a replacement)
@@ -111,6 +112,8 @@ class SampleReader:
 
 def _bad(error: Exception) -> BadSample:
     reason = "out_of_memory" if isinstance(error, MemoryError) else "undecodable"
+    if (place := own_mistake(error)) is not None:
+        return BadSample("internal_error", place)
     return BadSample(reason, type(error).__name__)
 
 

@@ -63,6 +63,7 @@ _MEANINGS = {
 _ADVICE = {
     "too_dark": "; of 12-bit values in 16-bit PNGs say --png-white 4095",
     "above_white": "; say a larger --png-white",
+    "internal_error": "; of a DICOM file, --explain FILE names the place",
 }
 
 

@@ -29,6 +29,7 @@ from mlip.dataloading.images.image_file import (
 from mlip.dataloading.images.perceptual_hash import perceptual_hashes
 from mlip.dataloading.ledger import BadSample, DataError
 from mlip.system.machine import LimitError
+from mlip.system.own_mistake import own_mistake
 
 _MEMORY_BYTES = 3 << 29  # above what is mapped at the start: 1 GiB of pixels, 0.5 of libraries
 
@@ -138,8 +139,8 @@ def make_member(
     except MemoryError:
         return {"reason": "out_of_memory"}, b""
     except Exception as error:
-        # one file must not end the process that the next files need; the type names the bug
-        return {"reason": "undecodable", "bug": type(error).__name__}, b""
+        # one file must not end the process that the next files need
+        return {"reason": "internal_error" if own_mistake(error) else "undecodable"}, b""
     fields["height"], fields["width"] = image.shape
     return fields, member
 

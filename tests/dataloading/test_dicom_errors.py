@@ -19,8 +19,10 @@ import pydicom
 import pytest
 from pydicom.dataset import Dataset
 
+from mlip.dataloading.dicom import header
 from mlip.dataloading.dicom.radiograph import CODES, DicomError, read_radiograph, write_radiograph
 from mlip.dataloading.dicom.source import error_wall
+from mlip.system import own_mistake
 
 IMAGE = np.random.default_rng(0).integers(0, 65536, (64, 64)).astype(np.uint16)
 
@@ -245,6 +247,62 @@ def test_wall_turns_whatever_a_library_raises_into_a_code(raised):
     with pytest.raises(DicomError) as caught, error_wall("malformed"):
         raise raised("Doe^Jane")
     assert caught.value.code == "malformed" and "Doe" not in str(caught.value)
+
+
+def test_a_mistake_of_ours_is_not_told_as_a_fault_of_the_file(tmp_path, monkeypatch, caplog):
+    data = written(tmp_path)
+    own_mistake._log_once.cache_clear()
+    monkeypatch.setattr(header, "read_view", None)  # called by a line of header.py
+    for _ in range(2):
+        with pytest.raises(DicomError) as caught:
+            read_radiograph(data)
+        assert caught.value.code == "internal_error"
+        assert "TypeError in mlip.dataloading.dicom.header, line " in str(caught.value)
+    assert len(caplog.records) == 1 and "report it" in caplog.text  # once a place
+
+
+@pytest.mark.parametrize("vr, value", [("LO", "xx"), ("US", 1), ("PN", "a^b"), ("FD", [1.0, 2.0])])
+@pytest.mark.parametrize(
+    "name, code",
+    [
+        ("SharedFunctionalGroupsSequence", "malformed"),
+        ("ModalityLUTSequence", "bad_lut"),
+        ("VOILUTSequence", "bad_lut"),
+    ],
+)
+def test_text_or_a_number_in_place_of_a_sequence_is_refused_by_its_name(
+    tmp_path, name, code, vr, value
+):
+    """It was AttributeError or TypeError of ours under "the data set cannot be parsed"."""
+    dataset = pydicom.dcmread(io.BytesIO(written(tmp_path)))
+    dataset.add_new(name, vr, value)
+    buffer = io.BytesIO()
+    pydicom.dcmwrite(buffer, dataset)
+    with pytest.raises(DicomError, match=f"{code}: .*; {name} is no sequence"):
+        read_radiograph(buffer.getvalue())
+
+
+@pytest.mark.parametrize(
+    "tag, vr, value, told",
+    [
+        ("LUTDescriptor", "US", 256, "not three numbers"),
+        ("LUTDescriptor", "LO", ["256", "a", "12"], "not three numbers"),
+        ("LUTDescriptor", "SQ", [Dataset()], "not three numbers"),
+        ("LUTData", "LO", ["a", "b"], "no whole numbers"),
+        ("LUTData", "SQ", [Dataset()], "no whole numbers"),
+    ],
+)
+def test_a_table_of_another_kind_is_a_bad_table(tmp_path, tag, vr, value, told):
+    item = Dataset()
+    item.add_new("LUTDescriptor", "US", [256, 0, 12])
+    item.add_new("LUTData", "US", list(range(0, 4096, 16)))
+    item.add_new(tag, vr, value)
+    dataset = pydicom.dcmread(io.BytesIO(written(tmp_path)))
+    dataset.VOILUTSequence = [item]
+    buffer = io.BytesIO()
+    pydicom.dcmwrite(buffer, dataset)
+    with pytest.raises(DicomError, match=f"bad_lut: .*{told}"):
+        read_radiograph(buffer.getvalue())
 
 
 def test_out_of_memory_is_a_code_and_the_error_survives_pickling():

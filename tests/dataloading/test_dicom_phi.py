@@ -69,6 +69,25 @@ def test_each_planted_attribute_is_found(clean, keyword, value, reason):
     assert found(clean)[keyword] == reason
 
 
+def test_an_unreadable_answer_is_none_and_hides_no_other_attribute(clean):
+    """Of a kind that DICOM lacks (damage), it made the whole file malformed: its name stayed
+    untold."""
+    buffer = io.BytesIO()
+    clean.PatientName = CANARY
+    pydicom.dcmwrite(buffer, clean)
+    content = buffer.getvalue()
+    for tag in (b"\x12\0\x62\0", b"\x28\0\x01\x03"):  # PatientIdentityRemoved, BurnedInAnnotation
+        assert content.count(tag + b"CS") == 1
+        content = content.replace(tag + b"CS", tag + b"C?")
+    told = {(leftover.attribute, leftover.reason) for leftover in check_phi(content)}
+    assert told >= {
+        ("PatientName", "name"),
+        ("0012,0062", "unreadable"),
+        ("PatientIdentityRemoved", "not_yes"),
+        ("BurnedInAnnotation", "burned_in_unknown"),
+    }
+
+
 def test_private_nested_and_overlay_attributes_are_found(clean):
     clean.private_block(0x0011, CANARY, create=True).add_new(1, "LO", CANARY)
     clean.add_new(0x60003000, "OW", b"\1\0")

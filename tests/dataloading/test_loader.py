@@ -386,6 +386,24 @@ def test_an_exception_inside_decoding_is_one_bad_sample(
     assert list(loader.ledger.bad.values()) == [reason]
 
 
+def test_a_mistake_of_ours_is_quarantined_under_its_own_reason(
+    corpus: Make, build: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was "undecodable: the decoder refused the file", and the run goes on all the same."""
+    from mlip.dataloading.images import image_file
+
+    decode, calls = image_file.cv2.imdecode, []
+
+    def none_once(*arguments: Any) -> Any:
+        calls.append(1)
+        return "no array" if len(calls) == 3 else decode(*arguments)  # has no dtype
+
+    monkeypatch.setattr(image_file.cv2, "imdecode", none_once)
+    loader = build(corpus("data.bad_share=0.5"))
+    assert [len(b) for b in take(loader, 3)] == [6, 6, 6]
+    assert list(loader.ledger.bad.values()) == ["internal_error"]
+
+
 def test_stop_iteration_anywhere_else_is_an_error_and_no_end(
     corpus: Make, build: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ import pytest
 from mlip.dataloading.dicom import radiograph as dicom
 from mlip.dataloading.dicom.radiograph import read_radiograph
 from mlip.dataloading.pipelines.transforms import Transform
+from mlip.dataloading.prepare import shard_worker
 from mlip.dataloading.prepare.shard_build import build_shards
 from mlip.dataloading.prepare.shard_worker import ImageSettings, convert, make_member, scaled_size
 from mlip.dataloading.shards import (
@@ -133,3 +134,11 @@ def test_under_a_limit_of_memory_that_may_not_be_raised_images_are_still_read(tm
     )
     ready, answer, _ = ended.stdout.split(b"\n", 2)
     assert ready == b"ready" and json.loads(answer)["reason"] == ""
+
+
+def test_a_mistake_of_ours_in_the_worker_is_none_of_the_file(tmp_path, monkeypatch):
+    grey = np.random.default_rng(0).integers(0, 255, (32, 32), dtype=np.uint8)
+    assert cv2.imwrite(str(tmp_path / "a.png"), grey)
+    monkeypatch.setattr(shard_worker, "convert", None)
+    reply, _ = make_member(str(tmp_path), {"image": "a.png"}, ImageSettings())
+    assert reply["reason"] == "internal_error"
