@@ -12,7 +12,12 @@ from dataclasses import dataclass
 from pydicom.dataset import Dataset
 from pydicom.tag import Tag
 
-from mlip.dataloading.dicom.source import error_wall, open_regular, read_everything_but_pixels
+from mlip.dataloading.dicom.source import (
+    error_wall,
+    open_regular,
+    read_everything_but_pixels,
+    read_file_meta,
+)
 from mlip.dataloading.dicom.values import value_of
 
 # Attributes that the Basic Application Level Confidentiality Profile removes, empties or replaces
@@ -133,6 +138,16 @@ _PROFILE = frozenset(
     0040,A034 0040,A035 0040,B034 0040,B036 0040,B03B 0040,B03F 0040,E012
     """.split()
 )
+# of the application that wrote the file last: E.1.1 has a de-identifier replace this group
+_FILE_META = {
+    0x0016: ("SourceApplicationEntityTitle", "profile"),
+    0x0017: ("SendingApplicationEntityTitle", "profile"),
+    0x0018: ("ReceivingApplicationEntityTitle", "profile"),
+    0x0026: ("SourcePresentationAddress", "profile"),
+    0x0027: ("SendingPresentationAddress", "profile"),
+    0x0028: ("ReceivingPresentationAddress", "profile"),
+    0x0102: ("PrivateInformation", "private"),
+}
 _TEMPORAL = frozenset({"DA", "DT", "TM"})
 _EXECUTABLES = (b"MZ", b"\x7fELF", b"\xfe\xed\xfa", b"\xcf\xfa\xed\xfe", b"\xce\xfa\xed\xfe", b"#!")
 
@@ -156,12 +171,15 @@ def check_phi(source: str | os.PathLike[str] | bytes) -> list[Leftover]:
 
     Returns: sorted by attribute; empty = nothing found in the header, which is no proof
     Raises:  DicomError where the file cannot be parsed.
-    Source:  DICOM PS3.15 E.1, PS3.3 C.7.1.1 and C.7.6.1; preamble as PS3.10 7.5.
+    Source:  DICOM PS3.15 E.1 and E.1.1, PS3.3 C.7.1.1 and C.7.6.1; preamble as PS3.10 7.5.
     """
     with error_wall("malformed"), open_regular(source) as (file, _):
         preamble = file.read(128)
         dataset = read_everything_but_pixels(file)
         found = set(_walk(dataset))
+        for element, value in read_file_meta(file)[0].items():
+            if element in _FILE_META and value.strip(b" \0"):
+                found.add(Leftover(*_FILE_META[element]))
         if preamble.startswith(_EXECUTABLES):
             found.add(Leftover("preamble", "executable"))
         elif preamble.strip(b"\0") and preamble[:4] not in (b"II*\0", b"MM\0*"):

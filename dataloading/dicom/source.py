@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import pydicom
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
+from pydicom.valuerep import EXPLICIT_VR_LENGTH_32
 
 from mlip.dataloading.image_limits import MAX_FILE_BYTES
 from mlip.system.own_mistake import own_mistake
@@ -160,25 +161,31 @@ def open_regular(source: str | os.PathLike[str] | bytes) -> Iterator[tuple[Binar
         yield file, status.st_size
 
 
-def _read_transfer_syntax(file: BinaryIO) -> tuple[str, int]:
-    """Transfer syntax UID and the offset of the data set behind the file meta information."""
+def read_file_meta(file: BinaryIO) -> tuple[dict[int, bytes], int]:
+    """Values by element number of group 0002, and the offset of the data set behind them."""
     file.seek(0)
     if file.read(132)[128:] != b"DICM":
         raise DicomError("not_dicom")
-    syntax, offset = "", 132
+    values: dict[int, bytes] = {}
+    offset = 132
     for _ in range(64):  # group 2 has at most 20 attributes
         head = file.read(8)
         if len(head) < 8 or head[:2] != b"\x02\x00":
             break
         length, value_at = struct.unpack("<H", head[6:])[0], offset + 8
-        if head[4:6] in (b"OB", b"OW", b"UN", b"SQ", b"UT"):
+        if head[4:6].decode("ascii", "replace") in EXPLICIT_VR_LENGTH_32:
             length, value_at = struct.unpack("<I", file.read(4).ljust(4, b"\0"))[0], offset + 12
         if length > 1 << 20:
             raise DicomError("malformed", "file meta information")
-        value = file.read(length)
-        if head[:4] == b"\x02\x00\x10\x00":
-            syntax = value.decode("ascii", "replace").strip(" \0")
+        values[struct.unpack("<H", head[2:4])[0]] = file.read(length)
         offset = value_at + length
+    return values, offset
+
+
+def _read_transfer_syntax(file: BinaryIO) -> tuple[str, int]:
+    """Transfer syntax UID and the offset of the data set."""
+    values, offset = read_file_meta(file)
+    syntax = values.get(0x0010, b"").decode("ascii", "replace").strip(" \0")
     if not syntax:
         raise DicomError("not_dicom", "no transfer syntax")
     if syntax not in NATIVE_SYNTAXES and syntax not in COMPRESSED_SYNTAXES:

@@ -50,7 +50,8 @@ def write_towers(
         with _quiet():
             backbone.save_pretrained(folder / name)
         for path in (folder / name).glob("*.safetensors"):
-            path.chmod(0o600)  # weights, as those of model.safetensors: for their owner
+            with contextlib.suppress(OSError):  # FAT, exFAT, some servers: all files have one mode
+                path.chmod(0o600)  # weights, as those of model.safetensors: for their owner
     found = {
         IMAGES: _off_images(folder / IMAGES, plain, config),
         TEXTS: _off_texts(folder / TEXTS, plain, config),

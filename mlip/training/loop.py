@@ -282,5 +282,7 @@ class Trainer:
             try:
                 self.on_save(loader)
             except OSError as error:  # the other ranks know nothing of it and go on
-                self.log.warn(f"saved, but not what goes with it: {error.strerror}")
+                named = error.filename2 or error.filename  # of a renaming the second is its aim
+                of = f" ({named})" if named else ""  # a write to an open file tells none
+                self.log.warn(f"saved, but not what goes with it{of}: {error.strerror}")
         return path

@@ -134,7 +134,8 @@ class _Wandb:
 
     def write(self, points: Sequence[Point]) -> None:
         # its own process would write half a record, nothing more, and say nothing
-        if shutil.disk_usage(self._folder).free < ROOM_BYTES:
+        total, _, free = shutil.disk_usage(self._folder)
+        if total and free < ROOM_BYTES:  # a program's file system (FUSE) may say 0 of 0
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         for point in points:
             if point.kind == "evaluation":

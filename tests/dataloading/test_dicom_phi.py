@@ -9,7 +9,7 @@ from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from mlip.dataloading.dicom.phi import _PROFILE, SEVERE
-from mlip.dataloading.dicom.radiograph import DicomError, check_phi, write_radiograph
+from mlip.dataloading.dicom.radiograph import DicomError, check_phi, read_radiograph, write_radiograph
 
 CANARY = "CANARY7"
 
@@ -32,6 +32,30 @@ def found(dataset: Dataset) -> dict[str, str]:
 def test_a_generated_file_holds_nothing_but_its_own_ids(clean):
     assert found(clean) == {"PatientID": "profile", "StudyID": "profile"}
     assert not SEVERE & set(found(clean).values())
+
+
+@pytest.mark.parametrize(
+    "keyword, value, reason",
+    [
+        ("SourceApplicationEntityTitle", CANARY, "profile"),
+        ("SendingApplicationEntityTitle", CANARY, "profile"),
+        ("ReceivingApplicationEntityTitle", CANARY, "profile"),
+        ("SourcePresentationAddress", CANARY, "profile"),
+        ("SendingPresentationAddress", CANARY, "profile"),
+        ("ReceivingPresentationAddress", CANARY, "profile"),
+        ("PrivateInformation", CANARY.encode(), "private"),
+        ("SourceApplicationEntityTitle", "  ", None),
+    ],
+)
+def test_what_the_last_application_left_in_the_file_meta_is_found(clean, keyword, value, reason):
+    setattr(clean.file_meta, keyword, value)
+    if keyword == "PrivateInformation":
+        clean.file_meta.PrivateInformationCreatorUID = "1.2.3"
+    # an address has a length of four bytes, which moved the data set behind it out of place
+    assert found(clean).get(keyword) == reason
+    buffer = io.BytesIO()
+    pydicom.dcmwrite(buffer, clean)
+    assert read_radiograph(buffer.getvalue())[0].shape == (16, 16)
 
 
 @pytest.mark.parametrize(
