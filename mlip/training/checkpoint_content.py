@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mlip.ranks import distributed
+from mlip.settings.bounds import BOUNDS, FROM_0
 from mlip.training.lifecycle import CheckpointError
 
 # facts of a run that a resumed one must share: they are content, which no setting shows
@@ -40,15 +41,16 @@ def require_state(state: Mapping[str, Any]) -> None:
     """Whether state.json is one that a save writes, as far as a resume takes from it.
 
     Raises:  KeyError, TypeError for an entry that is missing or of another kind, a count below 0,
-             or a loader at another step than the weights.
+             more threads than torch takes, or a loader at another step than the weights.
     """
     for name, kind in _KINDS.items():
         value = state[name] if name in _NEEDED else state.get(name)
         if name not in state or (name in _MAY_BE_NULL and value is None):
             continue
-        is_negative = isinstance(value, int) and value < 0
-        if type(value) is not kind or is_negative:
-            expected = "a whole number of 0 or more" if kind is int else kind.__name__
+        allowed = BOUNDS["run.threads"] if name == "threads" else FROM_0
+        is_outside = isinstance(value, int) and not allowed.holds(value)
+        if type(value) is not kind or is_outside:
+            expected = f"a whole number of {allowed}" if kind is int else kind.__name__
             raise TypeError(f"{name}: expected {expected}, got {value!r:.40}")
     saved = len(state.get("rng", ()))
     if "rng" in state and saved != state.get("world_size", max(1, saved)):

@@ -9,7 +9,12 @@ from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from mlip.dataloading.dicom.phi import _PROFILE, SEVERE
-from mlip.dataloading.dicom.radiograph import DicomError, check_phi, read_radiograph, write_radiograph
+from mlip.dataloading.dicom.radiograph import (
+    DicomError,
+    check_phi,
+    read_radiograph,
+    write_radiograph,
+)
 
 CANARY = "CANARY7"
 

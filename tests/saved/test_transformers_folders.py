@@ -5,7 +5,9 @@ Oracle: the model's own towers; every tower shape that the settings allow.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -88,7 +90,13 @@ def test_each_tower_is_what_was_trained(name: str, tmp_path: Path) -> None:
     assert torch.allclose(found[mask], own[mask], atol=1e-5)
 
 
-def test_the_command_writes_them_and_the_export_is_read_as_before(tmp_path: Path) -> None:
+def _refuse(*given: object, **named: object) -> None:
+    raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+def test_the_command_writes_them_and_the_export_is_read_as_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, config = _model(*TOWERS["vit"])
     source, out = _written(tmp_path / "a", model, config), tmp_path / "b"
     assert main(["export", f"checkpoint={source}", "--out", str(out), "--transformers"]) == 0
@@ -103,7 +111,10 @@ def test_the_command_writes_them_and_the_export_is_read_as_before(tmp_path: Path
         written = (out / name / "config.json").read_text()
         assert str(tmp_path) not in written and "mlip" not in written
     assert from_pretrained(out).model.vision.tower is not None
+    # a disk whose files all have one mode (exFAT) refuses to change it
+    monkeypatch.setattr(Path, "chmod", _refuse)
     # an export with them is an export: written over like any other
+    assert main(["export", f"checkpoint={source}", "--out", str(out), "--transformers"]) == 0
     assert main(["export", f"checkpoint={source}", "--out", str(out)]) == 0
     assert not (out / "image_tower").exists()
 

@@ -61,6 +61,19 @@ def test_a_run_goes_on_where_its_log_its_events_and_its_ledger_find_no_room(
         full.close()
 
 
+def test_what_could_not_be_written_beside_a_checkpoint_is_named(tmp_path, caplog):
+    def keep(state):
+        (tmp_path / "ledger.json").mkdir(exist_ok=True)
+        (tmp_path / "part").write_text("{}")
+        (tmp_path / "part").replace(tmp_path / "ledger.json")
+
+    trainer = _trainer(tmp_path, on_save=keep)
+    with caplog.at_level("WARNING", "mlip"):
+        trainer.fit(StopRequest())
+    told = f"saved, but not what goes with it ({tmp_path}/ledger.json): Is a directory"
+    assert told in [record.message for record in caplog.records]
+
+
 def test_a_folder_without_room_is_named_before_the_first_step(tmp_path, monkeypatch):
     (tmp_path / "config.yaml").write_text("of the run before")
 

@@ -296,7 +296,7 @@ def test_wandb_is_given_nothing_while_the_disk_is_full(
     """Its process says nothing of a full disk, and its file takes no row any more (seen)."""
     monkeypatch.setattr(tracker_feed, "RETRY_S", 0.01)
     free = [1 << 20]
-    told = types.SimpleNamespace(disk_usage=lambda path: types.SimpleNamespace(free=free[0]))
+    told = types.SimpleNamespace(disk_usage=lambda path: (1 << 40, 0, free[0]))
     monkeypatch.setattr(trackers, "shutil", told)
     log = _log(tmp_path, "train.wandb=true")
     _steps(log, 1, 2)
@@ -310,6 +310,19 @@ def test_wandb_is_given_nothing_while_the_disk_is_full(
     assert [row["step"] for row in rows] == [1, 2]
     (text,) = warned()
     assert text.startswith("train.wandb: OSError: [Errno 28] No space left on device; training")
+
+
+def test_wandb_is_written_to_on_a_disk_that_does_not_tell_its_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wandb: Any, warned: Any
+) -> None:
+    """A program's file system (FUSE) may say 0 bytes of 0."""
+    told = types.SimpleNamespace(disk_usage=lambda path: (0, 0, 0))
+    monkeypatch.setattr(trackers, "shutil", told)
+    log = _log(tmp_path, "train.wandb=true")
+    _steps(log, 1, 2)
+    log.close()
+    (rows,) = wandb.rows.values()
+    assert [row["step"] for row in rows] == [1, 2] and not warned()
 
 
 def test_tensorboard_goes_on_in_a_new_file_where_its_own_thread_has_ended(
