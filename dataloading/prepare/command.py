@@ -22,6 +22,7 @@ from mlip.dataloading.dicom.notes import NOTES
 from mlip.dataloading.dicom.radiograph import CODES, DicomError, explain
 from mlip.dataloading.ledger import REASONS, listed
 from mlip.dataloading.prepare.duplicates import prepared_duplicates
+from mlip.dataloading.prepare.id_map import write_id_map
 from mlip.dataloading.prepare.options import (
     check_places,
     dataset_options,
@@ -29,7 +30,6 @@ from mlip.dataloading.prepare.options import (
     leave_out_demographics,
     part_of,
     require_alone,
-    require_own_map,
 )
 from mlip.dataloading.prepare.output_folder import OutputFolder, read_salt, write_json
 from mlip.dataloading.prepare.phi_report import report_phi
@@ -38,7 +38,6 @@ from mlip.dataloading.prepare.shard_build import (
     Plan,
     Result,
     build_shards,
-    write_id_map,
 )
 from mlip.dataloading.prepare.tables import grouping_lines, told_views, write_csv
 from mlip.dataloading.progress import Progress
@@ -206,7 +205,6 @@ def _build(
 ) -> int:
     if arguments.id_map is not None:
         try:
-            require_own_map(arguments.id_map)  # again: a large tree is read for minutes
             write_id_map(collected, plan, arguments.id_map)
         except OSError as error:
             raise ConfigError(

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Literal
 
 from mlip.dataloading.datasets.rows import Dataset
-from mlip.dataloading.prepare.shard_build import ID_MAP
+from mlip.dataloading.prepare.id_map import require_own_map
 from mlip.dataloading.prepare.shard_worker import ImageSettings
 from mlip.settings.config import ConfigError
-from mlip.system.output_file import begins_with, require_replaceable
 
 # options that look at something and prepare nothing
 _LOOKS = ("list", "explain", "check_phi")
@@ -143,10 +142,3 @@ def check_places(
             f"--id-map {arguments.id_map}: cannot be written: {error.strerror}"
         ) from None
     require_own_map(id_map)
-
-
-def require_own_map(id_map: Path) -> None:
-    """Raises:  ConfigError for a folder, or a file that --id-map did not write"""
-    # earlier tables told of no file that was left out
-    is_map = begins_with(id_map, ",".join(ID_MAP[:-1]))
-    require_replaceable(id_map, "--id-map", "table of mlip prepare", is_ours=is_map)

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from mlip.dataloading.datasets.rows import Collected, Row
+from mlip.dataloading.datasets.rows import Row
 from mlip.dataloading.images.image_file import read_bytes
 from mlip.dataloading.images.perceptual_hash import HASHES
 from mlip.dataloading.images.same_pictures import HASHES_FILE
@@ -31,7 +31,7 @@ from mlip.dataloading.ledger import BadSample, DataError
 from mlip.dataloading.name_forms import as_it_lies, on_disk
 from mlip.dataloading.prepare.duplicates import DUPLICATES_FILE, with_hashes
 from mlip.dataloading.prepare.shard_worker import ImageSettings
-from mlip.dataloading.prepare.tables import hashed, outputs, write_csv
+from mlip.dataloading.prepare.tables import outputs
 from mlip.dataloading.prepare.worker_pool import Reply, WorkerPool
 from mlip.dataloading.progress import Progress
 from mlip.dataloading.shards import (
@@ -56,7 +56,6 @@ OUTPUTS = (
     *(HASHES_FILE, DUPLICATES_FILE),
 )
 PASSING = ("missing", "io_error")  # reasons that may be none at the next look
-ID_MAP = "key image image_id patient_hash patient_id study_hash study_id left_out".split()
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -107,7 +106,7 @@ def build_shards(
     """
     order = {"train": 0, "val": 1, "test": 2}
     rows = sorted(rows, key=lambda row: order[row.split])
-    keys = _member_keys(rows, plan.salt)
+    keys = member_keys(rows, plan.salt)
     folder = plan.out / "shards"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     remove_partials(folder)
@@ -142,7 +141,7 @@ def build_shards(
         raise _explained(error, plan) from error
 
 
-def _member_keys(rows: list[Row], salt: str) -> list[str]:
+def member_keys(rows: list[Row], salt: str) -> list[str]:
     """Sixteen hex digits an image: the member's name, which tells nothing without the salt."""
     keys = [
         hashlib.sha256(f"{salt}\0image\0{row.image_id}".encode(errors="surrogatepass")).hexdigest()[
@@ -349,26 +348,6 @@ def _placed(index: pa.Table, shard: _Shard, keys: list[str]) -> pa.Table:
         )
     place = index.schema.get_field_index("row")
     return index.set_column(place, index.schema.field(place), pa.array(shard.rows, pa.int64()))
-
-
-def write_id_map(collected: Collected, plan: Plan, path: Path) -> None:
-    """The secret table from hashed ids back to the originals, readable by its owner alone.
-
-    Behind the images, which refused.csv names by their key, stand the files that a rule left out.
-    """
-    rows = collected.rows
-    table = [ID_MAP]
-    for row, key in zip(rows, _member_keys(rows, plan.salt), strict=True):
-        patient, study = (
-            hashed(getattr(row, f"{level}_id"), level, plan.salt) for level in ("patient", "study")
-        )
-        ids = [row.image_id, patient, row.patient_id, study, row.study_id]
-        table.append([key, row.image, *ids, ""])
-    for image, rule in collected.left_out:
-        # bytes that are no UTF-8 stand as \udc..
-        named = image.encode("utf-8", "backslashreplace").decode()
-        table.append(["", named, *[""] * 5, rule])
-    write_csv(table, path)
 
 
 def _explained(error: OSError, plan: Plan) -> ShardError:

@@ -214,13 +214,19 @@ def test_the_secret_table_replaces_an_earlier_one_and_no_other_file(
     assert earlier.read_text().split("\n", 1)[0].endswith(",study_id,left_out")
     earlier.unlink()
 
-    def and_a_file_appears(rows: list[Row]) -> None:
+    def and_a_file_appears(rows: list[Row], *others: str) -> list[str]:
         earlier.write_text("another's")
+        return [row.image for row in rows]
 
-    monkeypatch.setattr("mlip.dataloading.prepare.command.check_rows", and_a_file_appears)
-    assert prepare(*arguments, earlier) == 2
-    assert "is no table of mlip prepare" in capsys.readouterr().err
-    assert earlier.read_text() == "another's"
+    for place in ("command.check_rows", "id_map.member_keys"):  # the second: while it is made
+        with monkeypatch.context() as patched:
+            patched.setattr(f"mlip.dataloading.prepare.{place}", and_a_file_appears)
+            assert prepare(*arguments, earlier) == 2
+        told = "is no table of mlip prepare: .*; what was made meanwhile is kept in .*ids-[23].csv"
+        assert re.search(told, capsys.readouterr().err)
+        assert earlier.read_text() == "another's"
+        earlier.unlink()
+    assert (tmp_path / "ids-2.csv").stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize("bits", [8, 16])
