@@ -8,6 +8,7 @@ as WebDataset by others) with `<split>-<number>.parquet` beside it. The manifest
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 import resource
@@ -102,7 +103,10 @@ class References:
     Safe in threads; 20 bytes for every row that was read.
     """
 
+    _made = itertools.count(1)
+
     def __init__(self, path_of: Callable[[int], str], rows: int) -> None:
+        self.number = next(self._made)  # of the shards that its manifest was made with
         self._path_of = path_of
         self._shard = np.zeros(rows, np.int32)  # 0 = not looked at, 1 = no reference
         self._offset = np.zeros(rows, np.int64)
@@ -146,22 +150,24 @@ class _Descriptor:
 
 
 class _Descriptors:
-    """The most recently used shards' descriptors; safe in threads, os.pread shares no position."""
+    """The most recently used shards' descriptors; safe in threads, os.pread shares no position.
+
+    A manifest read anew is of other shards where the folder was made anew, under the same names.
+    """
 
     def __init__(self) -> None:
-        self._open: OrderedDict[tuple[str, str], _Descriptor] = OrderedDict()
+        self._open: OrderedDict[tuple[int, str, str], _Descriptor] = OrderedDict()
         self._lock = threading.Lock()
         allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         if allowed == resource.RLIM_INFINITY:
             allowed = _OPEN_SHARE * _MOST_OPEN
         self._most = max(1, min(_MOST_OPEN, allowed // _OPEN_SHARE))
 
-    def read(self, root: str, shard: str, offset: int, size: int) -> bytes:
-        key = (root, shard)
+    def read(self, key: tuple[int, str, str], offset: int, size: int) -> bytes:
         with self._lock:
             descriptor = self._open.get(key)
             if descriptor is None:
-                descriptor = self._open[key] = _Descriptor(_open_inside(root, shard))
+                descriptor = self._open[key] = _Descriptor(_open_inside(*key[1:]))
                 while len(self._open) > self._most:
                     self._open.popitem(last=False)
             else:
@@ -170,9 +176,9 @@ class _Descriptors:
         # number from being closed and given to another file
         return os.pread(descriptor.number, size, offset)
 
-    def forget(self, root: str, shard: str) -> None:
+    def forget(self, key: tuple[int, str, str]) -> None:
         with self._lock:
-            self._open.pop((root, shard), None)
+            self._open.pop(key, None)
 
 
 _descriptors = _Descriptors()
@@ -196,9 +202,10 @@ def _open_inside(root: str, shard: str) -> int:
     return descriptor
 
 
-def read_bytes(root: str, reference: str | Reference) -> bytes:
+def read_bytes(root: str, reference: str | Reference, references: int = 0) -> bytes:
     """The content of one member, by one pread; threads and forked processes may share it.
 
+    references  the number of the References it is from
     Raises:  BadSample (missing, no_permission, not_a_file, io_error, truncated, too_large,
              unsupported); DataError where the root is gone or a link leads out of it; LimitError.
     """
@@ -207,13 +214,14 @@ def read_bytes(root: str, reference: str | Reference) -> bytes:
         raise BadSample("unsupported", "no shard reference of the form path.tar#offset+size")
     if parsed.size > MAX_MEMBER_BYTES:
         raise BadSample("too_large", f"{parsed.size} bytes")
+    key = (references, root, parsed.shard)
     try:
-        content = _descriptors.read(root, parsed.shard, parsed.offset, parsed.size)
+        content = _descriptors.read(key, parsed.offset, parsed.size)
     except OSError as error:
-        _descriptors.forget(root, parsed.shard)
+        _descriptors.forget(key)
         raise unreadable(error, "shard") from None
     if len(content) != parsed.size:
-        _descriptors.forget(root, parsed.shard)
+        _descriptors.forget(key)
         raise BadSample("truncated", "the shard ends before the member does")
     return content
 

@@ -78,7 +78,7 @@ class SampleReader:
         reference = self._references[row]
         if reference is not None:
             try:
-                content = shards.read_bytes(manifest.root, reference)
+                content = shards.read_bytes(manifest.root, reference, self._references.number)
             except DataError as error:
                 raise DataError(f"image {manifest.image_name(row)}: {error}") from None
         else:

@@ -48,6 +48,26 @@ def test_members_of_a_shard_read_like_files(tmp_path: Path) -> None:
         reader.pixels(4, epoch=0)
 
 
+def _as_shard(folder: Path, grey: int) -> SampleReader:
+    folder.mkdir(exist_ok=True)
+    content = cv2.imencode(".png", np.full((8, 8), grey, np.uint8))[1].tobytes()
+    with synced_file(folder / "a.tar") as file:
+        member = ShardWriter(file).add("0.png", content)
+    place = f"a.tar#{member.offset}+{member.size}"
+    (folder / "m.csv").write_text(f"image,report,patient_id,study_id,split\n{place},No.,p,s,val\n")
+    data = config.load([], [f"data.manifest={folder / 'm.csv'}"]).data
+    return SampleReader(load_manifest(data), data)
+
+
+def test_a_folder_that_is_made_anew_is_read_anew_in_the_same_process(tmp_path: Path) -> None:
+    """A notebook got the pictures of before by the manifest of now."""
+    first = _as_shard(tmp_path / "a", 10)
+    assert (first.pixels(0, 0) == 10).all()
+    second = _as_shard(tmp_path / "a", 20)
+    assert (second.pixels(0, 0) == 20).all()
+    assert (first.pixels(0, 0) == 10).all()  # its manifest is of the shards of before
+
+
 def test_a_shard_that_leads_out_of_the_root_is_told_by_the_row(tmp_path: Path) -> None:
     """In a manifest of one's own the path of a shard may name a patient as any other path."""
     root = tmp_path / "root"

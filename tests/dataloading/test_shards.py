@@ -203,5 +203,5 @@ def test_shards_stay_open_as_far_as_the_limit_of_files_goes(monkeypatch, tmp_pat
     for name in names:
         (tmp_path / name).write_bytes(b"x")
     for name in names * 2:
-        assert descriptors.read(str(tmp_path), name, 0, 1) == b"x"
+        assert descriptors.read((1, str(tmp_path), name), 0, 1) == b"x"
     assert len(opened) == len(names)
