@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mlip.ranks import distributed, process_group
 from mlip.settings.config import Config, ConfigError
+from mlip.training.deepspeed_json import refusal
 from mlip.training.ema import EMAState
 from mlip.training.optimizer import MOMENTS, build_optimizer, seed_moments
 from mlip.training.step import Engine, TrainingState
@@ -52,6 +53,7 @@ class DeepSpeedEngine(Engine):
         os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)
         import deepspeed
         import deepspeed.ops
+        import pydantic
         from deepspeed.runtime.zero import stage_1_and_2
         from deepspeed.utils import logger
 
@@ -77,9 +79,12 @@ class DeepSpeedEngine(Engine):
                 parameter.data = parameter.data.contiguous()
         # its own broadcast views parameters as bytes, which fails for a scalar (0.19.8)
         with mock.patch.object(deepspeed.DeepSpeedEngine, "_broadcast_model"):
-            self.engine, self.zero, _, _ = deepspeed.initialize(
-                model=objective, optimizer=build_optimizer(objective, config), config=settings
-            )
+            try:
+                self.engine, self.zero, _, _ = deepspeed.initialize(
+                    model=objective, optimizer=build_optimizer(objective, config), config=settings
+                )
+            except pydantic.ValidationError as error:
+                raise refusal(error, settings) from None
         self.call = self.engine
         # the torch optimiser that holds the moments: inside ZeRO's from stage 1 on
         self.optimizer = self.zero if self.stage == 0 else self.zero.optimizer

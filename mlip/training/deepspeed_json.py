@@ -27,13 +27,22 @@ _FREE_KEYS = (
     "zero_optimization.sub_group_size",
     "zero_optimization.stage3_",
     "zero_optimization.offload_optimizer.",
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "dump_state",
     "comms_logger.",
-    "flops_profiler.",
-    "memory_breakdown",
 )
+# The same of which DeepSpeed itself reads any value: a word ended in a TypeError at some step.
+_UNCHECKED_KEYS: dict[str, type] = {
+    "steps_per_print": int,
+    "wall_clock_breakdown": bool,
+    "dump_state": bool,
+    "memory_breakdown": bool,
+    "flops_profiler.enabled": bool,
+    "flops_profiler.recompute_fwd_factor": float,
+    "flops_profiler.profile_step": int,
+    "flops_profiler.module_depth": int,
+    "flops_profiler.top_modules": int,
+    "flops_profiler.detailed": bool,
+    "flops_profiler.output_file": str,
+}
 
 # DeepSpeed's own monitors -> the setting here that does the same. They would name scalars and count
 # steps (as samples) otherwise, know nothing of val, and ask the network.
@@ -167,6 +176,20 @@ def _agreed(config: Config, derived: Mapping[str, Any]) -> dict[str, tuple[str, 
     }
 
 
+def _require_kind(key: str, value: Any) -> None:
+    """Raises:  ConfigError for a value that DeepSpeed would take and break of."""
+    kind = _UNCHECKED_KEYS.get(key)
+    if key == "steps_per_print" and value == 0:
+        raise ConfigError(
+            "DeepSpeed JSON: steps_per_print is 0, by which DeepSpeed divides; leave the "
+            "key out for a DeepSpeed that prints nothing"
+        )
+    is_right = type(value) is kind or (kind is float and type(value) is int)
+    if kind is not None and value is not None and not is_right:
+        expected = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+        raise ConfigError(f"DeepSpeed JSON: {key} is {value!r}; expected {expected[kind]}")
+
+
 def _merge_free(
     into: dict[str, Any], user: Mapping[str, Any], agreed: Mapping[str, tuple[str, Any]]
 ) -> None:
@@ -180,12 +203,10 @@ def _merge_free(
                     f"DeepSpeed JSON: {key} is {value!r}, but {name} is {ours!r}; leave "
                     "the key out of the JSON: it is derived from the config"
                 )
-        elif any(key == k or (k[-1] in "._" and key.startswith(k)) for k in _FREE_KEYS):
-            if key == "steps_per_print" and value == 0:
-                raise ConfigError(
-                    "DeepSpeed JSON: steps_per_print is 0, by which DeepSpeed divides; leave the "
-                    "key out for a DeepSpeed that prints nothing"
-                )
+        elif key in _UNCHECKED_KEYS or any(
+            key == k or (k[-1] in "._" and key.startswith(k)) for k in _FREE_KEYS
+        ):
+            _require_kind(key, value)
             *sections, leaf = key.split(".")
             place = into
             for section in sections:
@@ -196,3 +217,18 @@ def _merge_free(
                 f"DeepSpeed JSON: {key}={value!r} has no place here: it would change the training "
                 "beside the config, where batch, optimiser, schedule and precision are set"
             )
+
+
+def refusal(error: Any, settings: Mapping[str, Any]) -> ConfigError:
+    """DeepSpeed's own refusal, a pydantic.ValidationError, by the keys of the JSON.
+
+    settings  what deepspeed.initialize was given
+    """
+    given = flatten(settings)
+    told = []
+    for one in error.errors(include_url=False):
+        leaf = ".".join(str(part) for part in one["loc"])
+        keys = [k for k in given if k == leaf or k.endswith(f".{leaf}")]
+        key = next((k for k in keys if given[k] == one["input"]), leaf)
+        told.append(f"{key} is {one['input']!r}: {one['msg']}")
+    return ConfigError(f"DeepSpeed JSON: {'; '.join(told)}")

@@ -6,7 +6,7 @@ import pytest
 
 from mlip.ranks import distributed
 from mlip.settings.config import ConfigError, load
-from mlip.training.deepspeed_json import deepspeed_settings, read_json
+from mlip.training.deepspeed_json import deepspeed_settings, read_json, refusal
 
 CONFIG = load(
     [],
@@ -118,6 +118,12 @@ def test_what_the_device_decides_has_no_second_setting():
         ({"steps_per_print": {"every": 5}}, ["steps_per_print.every=5 has no place"]),
         ({"steps_per_print": 0}, ["steps_per_print is 0", "leave the key out"]),
         ({"dump_state_too": True}, ["dump_state_too=True has no place"]),
+        ({"steps_per_print": True}, ["steps_per_print is True; expected a whole number"]),
+        ({"wall_clock_breakdown": "x"}, ["wall_clock_breakdown is 'x'; expected true or false"]),
+        ({"flops_profiler": {"profile_step": "x"}}, ["profile_step is 'x'; expected a whole"]),
+        ({"flops_profiler": {"recompute_fwd_factor": "x"}}, ["factor is 'x'; expected a number"]),
+        ({"flops_profiler": {"output_file": 5}}, ["output_file is 5; expected text"]),
+        ({"flops_profiler": {"profil_step": 5}}, ["profil_step=5 has no place"]),
     ],
 )
 def test_a_json_that_contradicts_is_refused_with_both_values(user, named):
@@ -165,3 +171,22 @@ def test_an_unreadable_json_is_an_error_that_names_the_file(tmp_path):
     path.write_text("[]")
     with pytest.raises(ConfigError, match="expected an object, got a list$"):
         read_json(str(path))
+
+
+def test_what_deepspeed_itself_refuses_is_told_by_the_keys_of_the_json():
+    """Its library's words, an address of theirs and a class stood where the file's keys belong."""
+    zero = pytest.importorskip("deepspeed.runtime.zero.config")
+    pydantic = pytest.importorskip("pydantic")
+    user = {"zero_optimization": {"overlap_comm": "x", "reduce_bucket_size": -5, "stage3_a": 1}}
+    settings = deepspeed_settings(CONFIG, user)
+    with pytest.raises(pydantic.ValidationError) as caught:
+        zero.DeepSpeedZeroConfig(**settings["zero_optimization"])
+    told = str(refusal(caught.value, settings))
+    assert told.startswith("DeepSpeed JSON: zero_optimization.")
+    for part in (
+        "zero_optimization.overlap_comm is 'x': Input should be a valid boolean",
+        "zero_optimization.reduce_bucket_size is -5: Input should be greater than 0",
+        "zero_optimization.stage3_a is 1: Extra inputs are not permitted",
+    ):
+        assert part in told
+    assert "http" not in told and "DeepSpeedZeroConfig" not in told
