@@ -169,11 +169,16 @@ def load_tokenizer(directory: str | Path) -> ReportTokenizer:
         backend = read.backend_tokenizer
         # transformers 5 can ignore a vocabulary file without a word: every token then is [UNK]
         # of text, splitlines would end a line at an entry such as U+2028 too
-        lines = len((directory / "vocab.txt").read_bytes().splitlines())
-        if backend.get_vocab_size() < lines:
+        entries = (directory / "vocab.txt").read_bytes().splitlines()
+        if backend.get_vocab_size() < len(entries):
+            first = {entry: line for line, entry in reversed(list(enumerate(entries, 1)))}
+            again = [line for line, entry in enumerate(entries, 1) if first[entry] != line]
+            told = "add a config.json that names the model type"
+            if backend.get_vocab_size() == len(first):  # all of them were read
+                told = f"line {again[0]} repeats line {first[entries[again[0] - 1]]}: restore it"
             raise ValueError(
-                f"tokenizer {directory}: {backend.get_vocab_size()} of the {lines} entries of "
-                "vocab.txt were read; add a config.json that names the model type"
+                f"tokenizer {directory}: {backend.get_vocab_size()} of the {len(entries)} entries "
+                f"of vocab.txt were read; {told}"
             )
     return ReportTokenizer(backend, special)
 

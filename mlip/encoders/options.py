@@ -33,9 +33,33 @@ def tower_config(
                 f"{_nearest(name, known)!r}"
             )
     try:
-        return kind(**given, **options)
+        made = kind(**given, **options)
     except _REFUSALS as error:
         raise ValueError(f"{key}: {kind.__name__} refuses these values: {error}") from error
+    require_able(made, key)
+    return made
+
+
+def require_able(config: Any, key: str) -> None:
+    """What transformers takes and then fails of at the first pass, or does something else.
+
+    Raises:  ValueError naming `key` and the option
+    """
+    for name in _SIZES:
+        value = getattr(config, name, 1)
+        if any(number < 1 for number in (value if isinstance(value, list | tuple) else (value,))):
+            raise ValueError(f"{key}: {name}={value}: expected 1 or more")
+    width, heads = getattr(config, "hidden_size", 1), getattr(config, "num_attention_heads", 1)
+    if width % heads:  # transformers' ViT takes it, and its heads together are narrower
+        raise ValueError(f"{key}: hidden_size={width}: expected a multiple of {heads} heads")
+    epsilon = getattr(config, "layer_norm_eps", 0.0)
+    if epsilon < 0:
+        raise ValueError(f"{key}: layer_norm_eps={epsilon}: expected 0 or more")
+    if getattr(config, "is_decoder", False):
+        raise ValueError(
+            f"{key}: is_decoder=true: its words see those before them alone, and here all of a "
+            "report; expected a model that reads both ways"
+        )
 
 
 def build_tower(make: Callable[[], _Tower], key: str) -> _Tower:
@@ -65,6 +89,11 @@ def _known(kind: type[PretrainedConfig]) -> set[str]:
     return set(kind().to_dict()) - _OF_ANY_MODEL
 
 
+# numbers of a tower's parts and widths; a ResNet builds a layer for a depth of 0 or -1
+_SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("max_position_embeddings", "type_vocab_size", "embedding_size", "hidden_sizes", "depths"),
+)
 # what belongs to saved files and output heads of transformers, not to a tower
 _OF_ANY_MODEL = set(PretrainedConfig().to_dict())
 # options that other settings decide, and which

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
 
-from mlip.encoders.options import build_tower
+from mlip.encoders.options import build_tower, require_able
 
 # counters of batch statistics, which files of older versions leave out
 _COUNTER = "num_batches_tracked"
@@ -43,6 +43,7 @@ def load_tower(
 
     try:
         tower, found = build_tower(read, f"{key}={source}")
+        require_able(tower.config, f"{key}={source}")
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{key}={source}: cannot be read: {error}") from error
     if others := sorted(found["mismatched_keys"]):

@@ -60,11 +60,6 @@ class TextEncoder(nn.Module):
                 attn_implementation=name,
             )
             config = self.backbone.config
-        if not self.backbone.encoder.layer:
-            raise ValueError(
-                "model.text: num_hidden_layers=0, and words would not see each other: expected 1 "
-                "or more"
-            )
         if vocab_size > config.vocab_size:
             raise ValueError(
                 f"the tokenizer has {vocab_size} entries, model.text.source={settings.source} has "

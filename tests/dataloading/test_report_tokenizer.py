@@ -214,7 +214,12 @@ def test_a_vocabulary_that_is_read_in_part_is_refused_and_odd_signs_in_it_are_no
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     assert load_tokenizer(tmp_path).vocab_size == len(entries)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(ValueError, match=r"1 of the 9 entries of vocab\.txt were read"):
+    wrong_type = r"1 of the 9 entries of vocab\.txt were read; add a config\.json that names"
+    with pytest.raises(ValueError, match=wrong_type):
+        load_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL, "lung", "rib", "lung"]) + "\n")
+    with pytest.raises(ValueError, match=r"7 of the 8 entries .*; line 8 repeats line 6: restore"):
         load_tokenizer(tmp_path)
 
 

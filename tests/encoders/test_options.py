@@ -20,6 +20,14 @@ from mlip.encoders.options import build_tower, tower_config, tower_shape
         (BertConfig, {"vocab_size": 30522}, "vocab_size follows from the tokenizer"),
         (ResNetConfig, {"layer_type": "wide"}, "refuses these values"),
         (BertConfig, {"hidden_size": "wide"}, "refuses these values"),
+        (BertConfig, {"num_hidden_layers": 0}, "num_hidden_layers=0: expected 1 or more"),
+        (BertConfig, {"type_vocab_size": 0}, "type_vocab_size=0: expected 1 or more"),
+        (ViTConfig, {"hidden_size": -8}, "hidden_size=-8: expected 1 or more"),
+        (ViTConfig, {"hidden_size": 770}, "hidden_size=770: expected a multiple of 12 heads"),
+        (ResNetConfig, {"embedding_size": 0}, "embedding_size=0: expected 1 or more"),
+        (ResNetConfig, {"depths": [3, 4, -1, 3]}, "depths=.*: expected 1 or more"),
+        (BertConfig, {"layer_norm_eps": -1e-12}, "layer_norm_eps=-1e-12: expected 0 or more"),
+        (BertConfig, {"is_decoder": True}, "is_decoder=true: .*expected a model that reads both"),
     ],
 )
 def test_an_option_that_cannot_be_honoured_names_the_setting(
@@ -33,7 +41,6 @@ def test_an_option_that_cannot_be_honoured_names_the_setting(
     ("model", "kind", "options"),
     [
         (ViTModel, ViTConfig, {"hidden_act": "nope"}),
-        (BertModel, BertConfig, {"num_attention_heads": 0}),
         (BertModel, BertConfig, {"pad_token_id": 100000}),
     ],
 )

@@ -147,6 +147,7 @@ def test_damaged_weights_and_settings_name_the_setting(tmp_path: Path) -> None:
             r"1 weights have other sizes .*word_embeddings.weight .*\[50, 16\], not \[40",
         ),
         ({"num_attention_heads": 0}, "no tower can be built with these values: ZeroDivision"),
+        ({"is_decoder": True}, "is_decoder=true: .*expected a model that reads both ways"),
         ({"hidden_size": "wide"}, "no tower can be built with these values: (?s:.)*expected int"),
         ({"hidden_size": 15}, "no tower can be built with these values: ValueError"),
         ([], "cannot be read"),

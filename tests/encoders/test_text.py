@@ -128,11 +128,6 @@ def test_more_tokens_than_positions_is_refused() -> None:
         )
 
 
-def test_a_tower_without_layers_is_refused() -> None:
-    with pytest.raises(ValueError, match="model.text: num_hidden_layers=0, .* expected 1 or more"):
-        TextEncoder(Text(options={**OPTIONS, "num_hidden_layers": 0}), vocab_size=50, max_tokens=12)
-
-
 def test_a_width_that_attention_pooling_cannot_share_out_is_refused() -> None:
     settings = Text(options=OPTIONS | {"hidden_size": 20}, pool="attention")
     with pytest.raises(ValueError, match="8 heads do not divide 20 channels; change the tower"):
