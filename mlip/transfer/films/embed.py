@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -126,9 +128,6 @@ def write_embeddings(
             known = done.get(path.name)
             found = file_sha256(path) if path.is_file() else None
             if known is None or known["sha256"] != found or _is_mended(reader, known):
-                # of a run that was killed while it wrote; .tmp is what safetensors writes under
-                for left in (*out.glob(f".{path.name}.*"), *out.glob(".tmp??????")):
-                    left.unlink()
                 loader = row_loader(opened, manifest, split, chosen)
                 encode = _encode_images if images_only else _encode
                 tensors, bad = encode(opened, loader, with_patches)
@@ -184,6 +183,9 @@ def _is_mended(reader: SampleReader, known: Mapping[str, Any]) -> bool:
 
 def _write_part(tensors: dict[str, torch.Tensor], path: Path) -> str | None:
     """SHA-256 of the part's file; None where no row has an image, and there is no file."""
+    for left in path.parent.glob(f".{path.name}.*"):  # of a run that was killed while it wrote
+        is_folder = left.is_dir() and not left.is_symlink()
+        shutil.rmtree(left) if is_folder else left.unlink()
     if not tensors:
         path.unlink(missing_ok=True)
         return None
@@ -191,7 +193,11 @@ def _write_part(tensors: dict[str, torch.Tensor], path: Path) -> str | None:
         if path.suffix == ".parquet":
             pa.parquet.write_table(as_table(tensors), partial)
         else:
-            save_file(tensors, partial)
+            # beside what it writes it has a file .tmpXXXXXX first, as other programs have: in a
+            # folder of this name a kill leaves it as ours. save() would hold the part twice more
+            with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as own:
+                save_file(tensors, Path(own, path.name))
+                Path(own, path.name).replace(partial)
         return file_sha256(partial)
 
 
