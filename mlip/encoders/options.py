@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
@@ -53,8 +54,8 @@ def require_able(config: Any, key: str) -> None:
     if width % heads:  # transformers' ViT takes it, and its heads together are narrower
         raise ValueError(f"{key}: hidden_size={width}: expected a multiple of {heads} heads")
     epsilon = getattr(config, "layer_norm_eps", 0.0)
-    if epsilon < 0:
-        raise ValueError(f"{key}: layer_norm_eps={epsilon}: expected 0 or more")
+    if not 0 <= epsilon < math.inf:  # NaN, which JSON of Python's takes, is neither
+        raise ValueError(f"{key}: layer_norm_eps={epsilon}: expected 0 or more, and finite")
     if getattr(config, "is_decoder", False):
         raise ValueError(
             f"{key}: is_decoder=true: its words see those before them alone, and here all of a "

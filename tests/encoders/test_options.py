@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -27,6 +28,8 @@ from mlip.encoders.options import build_tower, tower_config, tower_shape
         (ResNetConfig, {"embedding_size": 0}, "embedding_size=0: expected 1 or more"),
         (ResNetConfig, {"depths": [3, 4, -1, 3]}, "depths=.*: expected 1 or more"),
         (BertConfig, {"layer_norm_eps": -1e-12}, "layer_norm_eps=-1e-12: expected 0 or more"),
+        (ViTConfig, {"layer_norm_eps": math.nan}, "layer_norm_eps=nan: expected 0 or more"),
+        (BertConfig, {"layer_norm_eps": math.inf}, "layer_norm_eps=inf: expected 0 or more"),
         (BertConfig, {"is_decoder": True}, "is_decoder=true: .*expected a model that reads both"),
     ],
 )
