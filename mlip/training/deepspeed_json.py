@@ -231,4 +231,4 @@ def refusal(error: Any, settings: Mapping[str, Any]) -> ConfigError:
         keys = [k for k in given if k == leaf or k.endswith(f".{leaf}")]
         key = next((k for k in keys if given[k] == one["input"]), leaf)
         told.append(f"{key} is {one['input']!r}: {one['msg']}")
-    return ConfigError(f"DeepSpeed JSON: {'; '.join(told)}")
+    return ConfigError(f"DeepSpeed JSON: {'; '.join(told)}; correct the file, or leave these out")

@@ -189,4 +189,5 @@ def test_what_deepspeed_itself_refuses_is_told_by_the_keys_of_the_json():
         "zero_optimization.stage3_a is 1: Extra inputs are not permitted",
     ):
         assert part in told
+    assert told.endswith("; correct the file, or leave these out")
     assert "http" not in told and "DeepSpeedZeroConfig" not in told
