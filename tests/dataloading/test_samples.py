@@ -65,7 +65,7 @@ def test_a_folder_that_is_made_anew_is_read_anew_in_the_same_process(tmp_path: P
     assert (first.pixels(0, 0) == 10).all()
     second = _as_shard(tmp_path / "a", 20)
     assert (second.pixels(0, 0) == 20).all()
-    assert (first.pixels(0, 0) == 10).all()  # its manifest is of the shards of before
+    assert (first.pixels(0, 0) == 10).all()  # while it holds them open
 
 
 def test_a_shard_that_leads_out_of_the_root_is_told_by_the_row(tmp_path: Path) -> None:
