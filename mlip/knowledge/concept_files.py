@@ -149,7 +149,10 @@ def read_table(path: str | Path) -> ConceptTable:
             raise LexiconError(
                 f"{path}, line {number}: expected one concept as a JSON object: {error}"
             ) from error
-    table = ConceptTable(concepts, provenance, cues)
+    try:
+        table = ConceptTable(concepts, provenance, cues)
+    except LexiconError as error:
+        raise LexiconError(f"{path}: {error}") from None
     if fingerprint is not None and fingerprint != table.fingerprint:
         raise LexiconError(
             f"{path}: the concepts do not match the fingerprint in line 1 (edited or cut off); "
@@ -192,7 +195,8 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _from_yaml(files: Iterable[Path], cues_file: Path | None = None) -> ConceptTable:
-    concepts, hashes = [], {}
+    concepts: list[Concept] = []
+    hashes, places = {}, {}
     for file in files:
         text = read_text(file)
         hashes[file.name] = hashlib.sha256(text.encode()).hexdigest()
@@ -205,6 +209,11 @@ def _from_yaml(files: Iterable[Path], cues_file: Path | None = None) -> ConceptT
                 f"{file}: expected a mapping with the keys category, semantic_type and concepts"
             )
         for concept_id, row in content["concepts"].items():
+            if (other := places.setdefault(str(concept_id), file)) != file:
+                raise LexiconError(
+                    f"{file}: concept id {str(concept_id)!r} occurs twice, in {other.name} too; "
+                    "merge the two or rename one"
+                )
             concepts.append(_concept_from_yaml(file, str(concept_id), row, content))
     cues = None
     if cues_file is not None:

@@ -142,12 +142,22 @@ def test_a_table_edited_by_hand_is_read_as_it_is_meant_or_not_at_all(tmp_path, f
         ("concepts:\n  new_sign: {name: x, synonyms: [no, yes]}\n", "quote"),
         ("concepts:\n  new_sign: {name: x, apart: [[only one]]}\n", "two slots"),
         ("concepts:\n  new_sign: {name: x}\n  new_sign: {name: y}\n", "stands in lines 2 and 3"),
-        ("concepts:\n  pneumothorax: {name: x}\n", "'pneumothorax' occurs twice"),
+        (
+            "concepts:\n  pneumothorax: {name: x}\n",
+            r"yaml: .*'pneumothorax' occurs twice, in .*yaml too",
+        ),
     ],
 )
 def test_a_bad_lexicon_file_is_an_error_that_says_what_is_wrong(tmp_path, text, message):
     with pytest.raises(LexiconError, match=message):
         load_concepts(copy_with(tmp_path, text))
+
+
+def test_a_table_that_holds_a_concept_twice_is_named(tmp_path):
+    path = tmp_path / "table.jsonl"
+    path.write_text('{"id": "a", "name": "a"}\n{"id": "a", "name": "b"}\n')
+    with pytest.raises(LexiconError, match=r"table\.jsonl: concept id 'a' occurs twice"):
+        read_table(path)
 
 
 def test_a_lexicon_file_that_is_not_utf8_is_named(tmp_path):
