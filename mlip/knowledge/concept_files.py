@@ -196,7 +196,8 @@ def _lines(path: Path) -> Iterator[str]:
 
 def _from_yaml(files: Iterable[Path], cues_file: Path | None = None) -> ConceptTable:
     concepts: list[Concept] = []
-    hashes, places = {}, {}
+    hashes: dict[str, str] = {}
+    places: dict[str, Path] = {}
     for file in files:
         text = read_text(file)
         hashes[file.name] = hashlib.sha256(text.encode()).hexdigest()
