@@ -21,12 +21,14 @@ from typing import Any
 from mlip.dataloading.shards import synced_file
 from mlip.settings.config import ConfigError
 from mlip.system.folder_lock import lock, open_lock
+from mlip.system.output_file import sync
 
 SETTINGS_FILE = "settings.json"  # in --out from the first moment on; prepared.json comes last
 # keys that tell our settings from another program's
 _OURS = frozenset({"dataset", "side_px", "shard_images"})
 # settings that earlier sets do not state, and what they had
 _BEFORE = {"png_white": 65535, "demographics": False}
+_SALT = re.compile(rb"[0-9a-f]{32}")
 # what a run leaves that is killed before its settings stand there, and what a new disk holds
 _BEFORE_SETTINGS = re.compile(r"\.lock(-\d+)?|\.settings\.json\..*\.part|\.salt|lost\+found")
 
@@ -161,18 +163,28 @@ def write_json(content: Mapping[str, Any], path: Path) -> None:
 def read_salt(out: Path) -> str:
     """The secret behind hashed ids, made once and shared by every part of the job.
 
-    Raises:  ConfigError for a salt that is there and empty.
+    Raises:  ConfigError for a salt that is there and not one that this wrote: a file of zeros, as
+             a crash leaves, is no secret, and half a salt gives every patient another id.
     """
     path = out / ".salt"
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         for _ in range(50):  # the process that made it may not have written it yet
-            if text := path.read_text():
-                return text
+            text = path.read_bytes().strip()  # an editor adds an end of line
+            if _SALT.fullmatch(text):
+                return text.decode()
+            if text:
+                break
             time.sleep(0.1)
-        raise ConfigError(f"{path}: is empty; remove it and start again") from None
+        raise ConfigError(
+            f"{path}: {'is not the salt that was written' if text else 'is empty'}; restore it, or "
+            "remove it and start again with other ids"
+        ) from None
     with os.fdopen(descriptor, "w") as file:
-        text = secrets.token_hex(16)
-        file.write(text)
-    return text
+        salt = secrets.token_hex(16)
+        file.write(salt)
+        file.flush()
+        os.fsync(file.fileno())
+    sync(out)  # shards that are hashed with it outlast a crash
+    return salt

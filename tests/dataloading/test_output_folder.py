@@ -6,6 +6,7 @@ Oracle: the bytes of everything that lay in the folder before.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,12 @@ import pytest
 
 from mlip.cli import main
 from mlip.dataloading.datasets import folder
-from mlip.dataloading.prepare.output_folder import SETTINGS_FILE, OutputFolder, sole_writer
+from mlip.dataloading.prepare.output_folder import (
+    SETTINGS_FILE,
+    OutputFolder,
+    read_salt,
+    sole_writer,
+)
 from mlip.dataloading.prepare.shard_build import OUTPUTS
 from mlip.settings.config import ConfigError
 from tests.raw_layouts import image, table
@@ -131,3 +137,34 @@ def test_a_mistake_is_found_before_the_first_file_is_read(
             assert prepare(*arguments) == 2
     else:
         assert prepare(*arguments) == 2
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [b"\0" * 32, b"0123456789abcdef", b"\xff" * 32, b"of another program, 32 bytes it is"],
+)
+def test_a_damaged_salt_is_refused_and_the_ids_stay(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damaged: bytes
+) -> None:
+    """A file of zeros, as a crash leaves, was taken for a secret, and all ids were made anew."""
+    root, out = own_data(tmp_path / "own"), tmp_path / "out"
+    arguments = ("folder", "--root", root, "--out", out, "--workers", 1)
+    assert prepare(*arguments) == 0
+    made, salt = (out / "manifest.parquet").read_bytes(), (out / ".salt").read_bytes()
+    (out / ".salt").write_bytes(damaged)
+    assert prepare(*arguments) == 2
+    assert f"{out / '.salt'}: is not the salt that was written" in capsys.readouterr().err
+    assert (out / "manifest.parquet").read_bytes() == made
+    (out / ".salt").write_bytes(salt + b"\n")  # of an editor
+    assert prepare(*arguments) == 0
+    assert (out / "manifest.parquet").read_bytes() == made
+
+
+def test_the_salt_is_on_the_disk_before_ids_are_made_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_ino) or real(fd))
+    read_salt(tmp_path)
+    assert synced == [(tmp_path / ".salt").stat().st_ino, tmp_path.stat().st_ino]
