@@ -8,7 +8,7 @@ from pathlib import Path
 from mlip.dataloading.datasets.rows import Collected
 from mlip.dataloading.prepare.shard_build import Plan, member_keys
 from mlip.dataloading.prepare.tables import hashed
-from mlip.system.output_file import begins_with, require_replaceable, sync, whole_file
+from mlip.system.output_file import begins_with, require_replaceable, whole_file
 
 COLUMNS = "key image image_id patient_hash patient_id study_hash study_id left_out".split()
 
@@ -43,5 +43,3 @@ def write_id_map(collected: Collected, plan: Plan, path: Path) -> None:
     with whole_file(path, is_private=True, require_own=require_own_map) as partial:
         with partial.open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows(table)
-        sync(partial)
-    sync(path.parent)

@@ -27,7 +27,7 @@ from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.linker import FEW_KNOWN_WORDS, Linker, few_known_words
 from mlip.knowledge.report_labels import ReportLabels, chexpert_names
 from mlip.settings.config import Columns, ConfigError
-from mlip.system.output_file import require_name, require_writable, sync, whole_file
+from mlip.system.output_file import require_name, require_writable, whole_file
 from mlip.system.unread_output import terminal_text
 
 # of each: the names that a report states, denies or leaves unmentioned, and doubts
@@ -99,8 +99,6 @@ def run(arguments: argparse.Namespace) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(out, is_private=True, require_own=require_free) as partial:
         _write(table, partial, dict(zip(columns, cells, strict=True)))
-        sync(partial)
-    sync(out.parent)
     print(f"{out}: {len(reports.texts)} rows; to evaluate on it:")
     settings = _settings(table, out, arguments.report, columns)
     if arguments.unmentioned == "unknown":

@@ -135,7 +135,8 @@ def whole_file(
     is_private: bool = False,
     require_own: Callable[[Path], None] | None = None,
 ) -> Iterator[Path]:
-    """The name to write under: renamed to `path` at the end, removed where the writing failed.
+    """The name to write under: renamed to `path` once it is on the disk, removed where the writing
+    failed.
 
     What a killed process of this host left of the same file is removed first.
     is_private   for its owner alone, from the first byte on: it holds a patient's picture or text,
@@ -151,10 +152,13 @@ def whole_file(
     try:
         os.close(new_file(partial, 0o600 if is_private else 0o666))
         yield partial
+        sync(partial)  # renamed before, it can be a file of zeros after a power cut
         if require_own is None:
             partial.replace(path)
         else:
             _put_or_keep(partial, path, require_own)
+        with contextlib.suppress(OSError):  # of a folder that may be written to and not read
+            sync(path.parent)
     except BaseException:
         # the first error is the one to tell: there may be nothing to remove, or a read-only disk
         with contextlib.suppress(OSError):

@@ -205,6 +205,22 @@ def test_the_order_of_the_reports_does_not_change_the_vocabulary(tmp_path: Path)
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+def test_a_vocabulary_is_on_the_disk_before_a_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkpoints are: after a power cut none of them could be opened without it."""
+    synced, fsync = set[int](), os.fsync
+
+    def look(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", look)
+    train_tokenizer(["no pleural effusion", "clear lungs"], 60, tmp_path / "a")
+    folder = tmp_path / "a"
+    assert {path.stat().st_ino for path in (*folder.iterdir(), folder)} <= synced
+
+
 def test_a_vocabulary_that_is_read_in_part_is_refused_and_odd_signs_in_it_are_not(
     tmp_path: Path,
 ) -> None:

@@ -253,3 +253,35 @@ def test_a_trial_that_is_killed_leaves_what_the_next_write_removes(tmp_path: Pat
     assert ended.returncode == -signal.SIGKILL and len(_names(tmp_path)) == 1
     _write(path)
     assert _names(tmp_path) == {"a.csv"}
+
+
+@pytest.mark.parametrize("asks", [False, True])
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_file_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asks: bool, is_there: bool
+) -> None:
+    """Renamed before, it can be a file of zeros after a power cut."""
+    path, steps, fsync = tmp_path / "a.csv", list[tuple[bool, str]](), os.fsync
+    if is_there:
+        path.write_text(f"{OWN}before")
+
+    def look(descriptor: int) -> None:
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        steps.append((is_folder, path.read_text() if path.exists() else ""))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", look)
+    with whole_file(path, require_own=_ask if asks else None) as partial:
+        partial.write_text(f"{OWN}after")
+    assert steps == [(False, f"{OWN}before" if is_there else ""), (True, f"{OWN}after")]
+
+
+def test_a_folder_that_may_not_be_read_takes_a_file(tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may read every folder")
+    tmp_path.chmod(0o300)
+    try:
+        _write(tmp_path / "a.csv")
+    finally:
+        tmp_path.chmod(0o700)
+    assert (tmp_path / "a.csv").exists()

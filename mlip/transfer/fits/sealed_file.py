@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,10 +56,8 @@ def write_sealed(path: Path, facts: Mapping[str, Any], arrays: Mapping[str, Arra
     entry = json.dumps({**told, "sha256": _digest(told, held)})
     # not save_file: it writes under a name of its own, which nobody would remove after a kill
     content = save(held, {_ENTRY: entry})
-    with whole_file(path, is_private=True) as partial, partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    with whole_file(path, is_private=True) as partial:
+        partial.write_bytes(content)
 
 
 def _digest(facts: Mapping[str, Any], arrays: Mapping[str, Array]) -> str:
