@@ -13,7 +13,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +30,7 @@ from mlip import precision
 from mlip.pages import transfer_page
 from mlip.settings.config import Config, load
 from mlip.settings.typed_tree import all_keys
-from mlip.system.output_file import only_writer
+from mlip.system.output_file import only_writer, whole_file
 from mlip.system.stop_signal import Stopped
 from mlip.transfer.fits import kept_fits, protocol, sealed_file
 from mlip.transfer.fits.detection import Detection
@@ -447,10 +448,13 @@ def test_a_full_or_broken_disk_costs_the_keeping_of_a_fit_and_not_the_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(code, os.strerror(code))
+    @contextmanager
+    def full(path: Path, **named: Any) -> Iterator[Path]:
+        with whole_file(path, **named) as partial:
+            yield partial
+            raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(sealed_file, "os", SimpleNamespace(fsync=full))
+    monkeypatch.setattr(sealed_file, "whole_file", full)
     assert evaluate(tmp_path, settings_of(tmp_path, "logistic")) == 0
     said = capsys.readouterr().out
     assert said.count("this fit is not kept, a kill would lose it: ") == 4
