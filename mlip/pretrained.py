@@ -49,7 +49,7 @@ from mlip.saved.transformers_folders import write_towers
 from mlip.saved.weights import PretrainedError
 from mlip.settings import config as configuration
 from mlip.settings.config import Config
-from mlip.system.output_file import only_writer
+from mlip.system.output_file import only_writer, sync_all
 from mlip.transfer.fingerprint import hash_of, hash_of_vocabulary, hash_of_weights, preprocessing
 
 __all__ = ["open_checkpoint", "from_pretrained", "save_pretrained", "Pretrained", "PretrainedError"]
@@ -95,6 +95,7 @@ def save_pretrained(
             known = {"facts": dict(facts or {}), "origin": origin, "results": results}
             parts = (model, config, tokenizer, table)
             _fill(partial, *parts, known, include_concepts, onnx, transformers)
+            sync_all(partial)  # the export of before is about to go
             if folder.exists():  # moved, not deleted: a kill between the two leaves both
                 shutil.rmtree(previous, ignore_errors=True)
                 folder.rename(previous)

@@ -17,7 +17,7 @@ from typing import Any
 
 from mlip.dataloading.reports.common_words import common_words
 from mlip.dataloading.reports.text import clean_report
-from mlip.system.output_file import sync
+from mlip.system.output_file import sync_all
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads are ours
 logger = logging.getLogger("mlip")
@@ -96,8 +96,8 @@ class ReportTokenizer:
             (temporary / "tokenizer_config.json").write_text(
                 json.dumps(config, indent=1, sort_keys=True), encoding="utf-8"
             )
-            for file in (*temporary.iterdir(), temporary):
-                sync(file)  # without it no checkpoint of the run can be read, and those are synced
+            # without it no checkpoint of the run can be opened, and those are synced
+            sync_all(temporary)
             _put(temporary, directory)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -102,6 +102,12 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_all(folder: Path) -> None:
+    """`sync` of all that a folder holds, and of itself: to be renamed to what others trust."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+
+
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

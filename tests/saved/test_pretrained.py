@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,28 @@ def test_nothing_of_a_killed_export_or_of_the_one_before_is_in_the_next(
         _export(place)
         assert [p.name for p in place.parent.iterdir()] == ["model"]
         assert {p.name for p in place.iterdir()} == {p.name for p in folder.iterdir()}
+
+
+def test_an_export_is_on_the_disk_before_the_one_before_it_goes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = copy_of(folder, tmp_path).rename(tmp_path / "model")
+    old = {path.stat().st_ino for path in (*out.rglob("*"), out)}
+    synced, fsync, rename = set[int](), os.fsync, Path.rename
+
+    def look(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def move(path: Path, target: Path) -> Path:
+        if path == out:
+            new = tmp_path / ".model.partial"
+            assert {p.stat().st_ino for p in (*new.rglob("*"), new)} <= synced - old
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", look)
+    monkeypatch.setattr(Path, "rename", move)
+    _export(out)
 
 
 def test_two_exports_at_once_into_one_folder_do_not_become_one(tmp_path: Path) -> None:
