@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mlip.dataloading.datasets.rows import (
@@ -32,11 +32,47 @@ from mlip.settings.config import ConfigError
 
 _MAX_REPORT_BYTES = 1 << 20
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # and its kinds below it, PS3.4 B.5
-_RULES = ("burned_in", "secondary_capture")
+_KEEPABLE = ("burned_in", "secondary_capture")
 _TEXT = (".txt", ".TXT")
 # the first attribute of a data set without preamble: its group and length, or one of group 8
 _GROUP_2_OR_8 = (b"\x02\0\0\0", b"\x08\0\0\0", b"\x08\0\x05\0", b"\x08\0\x08\0", b"\x08\0\x16\0")
 _ARCHIVES = (b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"7z\xbc\xaf\x27\x1c", b"Rar!")
+
+_Image = tuple[Path, Identity | None]  # a file and what its header says, of a picture nothing
+
+
+@dataclass(frozen=True)
+class _Rules:
+    """What the options say of the files to take."""
+
+    level: int  # folder level that names a patient
+    kept: set[str]  # rules of _KEEPABLE that leave nothing out
+    modalities: set[str]
+    frontal: bool  # frontal views alone
+
+    @classmethod
+    def of(cls, options: dict[str, str]) -> _Rules:
+        level = int(options["patient_level"]) if options["patient_level"].isdecimal() else 0
+        if level < 1:
+            raise ConfigError("--option patient_level: expected a folder level of 1 or more")
+        kept = {word.strip() for word in options["keep"].split(",")} - {""}
+        if not kept <= set(_KEEPABLE):
+            raise ConfigError(
+                f"--option keep: expected some of {', '.join(_KEEPABLE)}, commas between"
+            )
+        require_choice(options, "views", ("frontal", "all"))
+        # a file that states no modality may be a radiograph: it stays
+        modalities = {"", *options["modalities"].upper().replace(" ", "").split(",")}
+        return cls(level, kept, modalities, options["views"] == "frontal")
+
+
+@dataclass
+class _Sorted:
+    """The files below the root that no rule left out."""
+
+    images: list[_Image] = field(default_factory=list)
+    texts: set[Path] = field(default_factory=set)
+    viewless: int = 0  # taken as frontal ones
 
 
 def collect(root: Path, options: dict[str, str]) -> Collected:
@@ -55,95 +91,37 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
         raise ConfigError(
             f"--option {given[0]} says something of a table: give --option reports too"
         )
-    level = int(options["patient_level"]) if options["patient_level"].isdecimal() else 0
-    if level < 1:
-        raise ConfigError("--option patient_level: expected a folder level of 1 or more")
-    kept = {word.strip() for word in options["keep"].split(",")} - {""}
-    if not kept <= set(_RULES):
-        raise ConfigError(f"--option keep: expected some of {', '.join(_RULES)}, commas between")
-    require_choice(options, "views", ("frontal", "all"))
-    # a file that states no modality may be a radiograph: it stays
-    modalities = {"", *options["modalities"].upper().replace(" ", "").split(",")}
+    rules = _Rules.of(options)
     left_out: list[tuple[str, str]] = []
 
     def leave(path: Path, rule: str) -> None:
         left_out.append((as_utf8(relative(path, root)), rule))
 
-    texts: set[Path] = set()
-    taken: list[tuple[Path, Identity | None]] = []
-    viewless = 0
     files = _files(root, leave)
-    told = Progress("files looked at")
-    for place, path in enumerate(files):
-        told(place, len(files))
-        if not _is_unicode(as_utf8(relative(path, root))):
-            leave(path, "name_not_utf8")
-            continue
-        kind = _kind(path)
-        identity = None
-        if kind == "report_text":
-            texts.add(path)
-            continue
-        if kind == "dicom":
-            try:
-                identity = read_identity(path)
-                kind = _left_out(identity, modalities, kept) or kind
-                if kind == "dicom" and options["views"] == "frontal":
-                    shown = projection(identity.view)
-                    viewless += not shown
-                    kind = kind if shown in ("", *FRONTAL) else "view_not_frontal"
-            except DicomError as error:
-                kind = error.code
-        if kind in ("dicom", "picture"):
-            taken.append((path, identity))
-        else:
-            leave(path, kind)
+    taken = _sort(files, root, rules, leave)
+    groups = _copies(taken.images, leave)
+    there = {str(path): path for path in files if path.suffix in _TEXT} if table is None else {}
+    in_form = by_composed(there)
     rows: list[Row] = []
     identities: list[Identity | None] = []
     used: set[Path] = set()
-    nameless = 0
-    groups = _copies(taken, leave)
-    there = {str(path): path for path in files if path.suffix in _TEXT}
-    in_form = by_composed(there)
     told = Progress("images joined with reports")
     for place, copies in enumerate(groups):
         told(place, len(groups))
-        path, identity = copies[0]
+        row = _row(*copies[0], root, rules.level)
         for copy, _ in copies[1:]:
             leave(copy, "duplicate_image")
-        name = as_utf8(relative(path, root))
-        parts = name.split("/")
-        stem = as_utf8(path.stem)
-        patient = parts[level - 1] if len(parts) > level else stem
-        study, image = "/".join(parts[:-1]) or stem, name
-        if identity is not None:
-            nameless += not identity.patient
-            patient = identity.patient or patient
-            study, image = identity.study or study, identity.image or image
-        patient = composed(patient)  # one patient's folders of two systems
-        report = ""
-        beside = (
-            found for copy, _ in copies if (found := _text_beside(copy, root, there, in_form))
-        )
-        if table is None and (text := next(beside, None)):
+        beside = (_text_beside(copy, root, there, in_form) for copy, _ in copies)
+        if text := next(filter(None, beside), None):
             used.add(text)
-            report, fault = _read_text(text)
+            row.report, fault = _read_text(text)
             if fault:
-                leave(path, fault)
+                leave(copies[0][0], fault)
                 continue
-        identities.append(identity)
-        rows.append(
-            Row(
-                image=name,
-                patient_id=patient,
-                study_id=study,
-                image_id=image,
-                split=split_by_patient(patient, "folder", 0.1, 0.1),
-                report=report,
-            )
-        )
+        rows.append(row)
+        identities.append(copies[0][1])
     notes = []
-    for text in sorted(texts - used):  # a report that an image has is taken, not left out
+    for text in sorted(taken.texts - used):  # a report that an image has is taken, not left out
         leave(text, "report_text")
     if table is not None:
         rows, unfit = table.join(rows, identities)
@@ -155,22 +133,72 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
             f"{root}: no DICOM, JPEG or PNG file below it that can be taken (left out: "
             f"{listed(excluded) or 'nothing, it is empty'})"
             + (": unpack the archives first" if excluded["archive"] else "")
-            + ("; see --option keep" if any(excluded[rule] for rule in _RULES) else "")
+            + ("; see --option keep" if any(excluded[rule] for rule in _KEEPABLE) else "")
         )
-    if nameless:
+    if nameless := sum(known is not None and not known.patient for (_, known), *_ in groups):
         notes.append(
             f"{nameless} DICOM files state no patient: the folder of --option patient_level, or "
             "the file's name, stands for it"
         )
-    if viewless:
+    if taken.viewless:
         notes.append(
-            f"{viewless} DICOM files state no view, or a frontal and a lateral one: they are taken "
-            "as frontal ones"
+            f"{taken.viewless} DICOM files state no view, or a frontal and a lateral one: they "
+            "are taken as frontal ones"
         )
-    if count := len(texts - used):
+    if count := len(taken.texts - used):
         why = "belong to no image" if table is None else "are not read: the table has the reports"
         notes.append(f"{count} of the .txt files {why}")
     return Collected(rows, excluded, notes, left_out=left_out)
+
+
+def _sort(
+    files: list[Path], root: Path, rules: _Rules, leave: Callable[[Path, str], None]
+) -> _Sorted:
+    """The files by kind; each other one is left by the first rule that it meets."""
+    found = _Sorted()
+    told = Progress("files looked at")
+    for place, path in enumerate(files):
+        told(place, len(files))
+        if not _is_unicode(as_utf8(relative(path, root))):
+            leave(path, "name_not_utf8")
+            continue
+        kind = _kind(path)
+        identity = None
+        if kind == "dicom":
+            try:
+                identity = read_identity(path)
+                kind = _left_out(identity, rules) or kind
+            except DicomError as error:
+                kind = error.code
+        if kind == "report_text":
+            found.texts.add(path)
+        elif kind in ("dicom", "picture"):
+            found.images.append((path, identity))
+            is_viewless = identity is not None and not projection(identity.view)
+            found.viewless += rules.frontal and is_viewless
+        else:
+            leave(path, kind)
+    return found
+
+
+def _row(path: Path, identity: Identity | None, root: Path, level: int) -> Row:
+    """The row of an image, without its report."""
+    name = as_utf8(relative(path, root))
+    *folders, _ = name.split("/")
+    stem = as_utf8(path.stem)
+    patient = folders[level - 1] if len(folders) >= level else stem
+    study, image = "/".join(folders) or stem, name
+    if identity is not None:
+        patient = identity.patient or patient
+        study, image = identity.study or study, identity.image or image
+    patient = composed(patient)  # one patient's folders of two systems
+    return Row(
+        image=name,
+        patient_id=patient,
+        study_id=study,
+        image_id=image,
+        split=split_by_patient(patient, "folder", 0.1, 0.1),
+    )
 
 
 def _files(root: Path, leave: Callable[[Path, str], None]) -> list[Path]:
@@ -233,33 +261,33 @@ def _kind(path: Path) -> str:
     return "not_dicom" if suffix in SUFFIXES or is_bare else "no_image"
 
 
-def _left_out(identity: Identity, modalities: set[str], kept: set[str]) -> str:
+def _left_out(identity: Identity, rules: _Rules) -> str:
     """The rule that leaves a DICOM file out by its header, "" for none.
 
     A scanned requisition or a screenshot lies in the study of its film and would get its report.
     Films are stored as secondary captures too, by public sets for one, with a modality of theirs.
     """
     modality = identity.modality.upper()
-    if modality not in modalities:
+    if modality not in rules.modalities:
         return f"modality_{_word(modality)}"
-    if identity.burned_in.upper() == "YES" and "burned_in" not in kept:
+    if identity.burned_in.upper() == "YES" and "burned_in" not in rules.kept:
         return "burned_in"
     is_capture = f"{identity.sop_class}.".startswith(f"{_SECONDARY_CAPTURE}.")
-    if is_capture and modality == "OT" and "secondary_capture" not in kept:
+    if is_capture and modality == "OT" and "secondary_capture" not in rules.kept:
         return "secondary_capture"
+    if rules.frontal and projection(identity.view) not in ("", *FRONTAL):
+        return "view_not_frontal"
     return ""
 
 
-def _copies(
-    files: list[tuple[Path, Identity | None]], leave: Callable[[Path, str], None]
-) -> list[list[tuple[Path, Identity | None]]]:
+def _copies(files: list[_Image], leave: Callable[[Path, str], None]) -> list[list[_Image]]:
     """The files of each image, largest first: a copy that was cut off is smaller than a whole one.
 
     DICOM files of one SOPInstanceUID are one image, every other file is one of its own. Where they
     name several patients a header is wrong, and nobody can tell which: all are left out, counted.
     A copy that names none is of the one that the others name.
     """
-    groups: dict[str | Path, list[tuple[Path, Identity | None]]] = {}
+    groups: dict[str | Path, list[_Image]] = {}
     for path, identity in files:
         uid = identity.image if identity is not None else ""
         groups.setdefault(uid or path, []).append((path, identity))

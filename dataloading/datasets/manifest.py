@@ -8,6 +8,7 @@ from __future__ import annotations
 import posixpath
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from mlip.dataloading.datasets.report_columns import (
@@ -56,88 +57,139 @@ _LONGEST = 60  # characters of a view or of a finding's name; text is longer
 _AS_NUMBER = {"true": "1", "false": "0", "nan": ""}  # what tables write for yes, no and unknown
 
 
+@dataclass(frozen=True)
+class _Columns:
+    """Where the manifest's table holds what."""
+
+    of: dict[str, str]  # field of USUAL: column
+    findings: list[str]  # columns of one finding each
+    texts: list[str]  # columns that hold the report's parts
+
+
 def collect(root: Path, options: dict[str, str]) -> Collected:
     """The manifest's rows; without a column of splits they get one by the hash of their patient."""
     path = _find(root, options["file"])
     names = column_names(path)
-    wanted: dict[str, str] = {}
+    columns = _columns(path, options, names)
+    table = _read(path, columns)
+    different, doubts = _look_through(path, table, columns.of)
+    cells = PatientCells(table.get("sex", ()))
+    rows, excluded = _rows(path, table, columns, cells)
+    shown_of = columns.of | ({"report": ", ".join(columns.texts)} if columns.texts else {})
+    held = ", ".join(f"{field} = {name} ({different[field]})" for field, name in shown_of.items())
+    notes = [f"columns, with how many different values each holds: {held}"]
+    is_read = {*columns.of.values(), *columns.texts, *columns.findings}
+    # one without a name holds the row numbers of pandas
+    if unread := [name for name in names if name.strip() and name not in is_read]:
+        notes.append(f"columns not read: {some_shown(unread)}")
+    if count := excluded["unknown_split"]:
+        notes.append(
+            f"rows with another word than train, val or test in column {columns.of['split']!r}: "
+            f"{count} (--option split=none splits by patient)"
+        )
+    notes += doubts
+    if count := _shared_by_patients(rows):
+        notes.append(
+            f"column {columns.of['study_id']!r} (study_id) holds {count} "
+            f"value{'s' * (count > 1)}, each of several patients: fine for the visits of a "
+            "patient; the name of a trial makes all films of a patient one study (--option "
+            "study_id=none leaves it out)"
+        )
+    if not columns.texts and options["report"] != "none":
+        notes.append("no column of reports was found: name one with --option report=COLUMN")
+    if count := sum("\\" in row.image for row in rows):
+        notes.append(f"{count} image paths hold a backslash: folders are separated by '/'")
+    notes += cells.notes()
+    if columns.findings:
+        notes.append(f"findings: {', '.join(columns.findings)}")
+    return Collected(rows, excluded, notes)
+
+
+def _columns(path: Path, options: dict[str, str], names: list[str]) -> _Columns:
+    """The columns that options name, or usual names find.
+
+    Raises:  DatasetError where one that is needed is missing or a report's holds identifiers
+    """
+    of: dict[str, str] = {}
     for field, usual in USUAL.items():
         if options[field] != "none" and (found := options[field] or usual_column(names, usual)):
-            wanted[field] = found
-    if missing := [field for field in _NEEDED if field not in wanted]:
+            of[field] = found
+    if missing := [field for field in _NEEDED if field not in of]:
         how = " ".join(f"--option {field}=<column>" for field in missing)
         raise DatasetError(
             f"{path}: no column for {', '.join(missing)}: give {how}; the file has {shown(names)}"
         )
-    findings = _findings(path, options, names)
-    if findings:
-        wanted.pop("labels", None)
-    states = {f"finding {name}": name for name in findings}
+    if findings := _findings(path, options, names):
+        of.pop("labels", None)
     texts = []
     if options["report"] != "none":
         texts = find_report(path, names, options["report"], "report")
-        named = {wanted[field] for field in ("image", *_IDENTIFIERS) if field in wanted}
-        if ids := named & set(texts):
+        if ids := {of[field] for field in ("image", *_IDENTIFIERS) if field in of} & set(texts):
             raise DatasetError(
                 f"{path}: {', '.join(sorted(ids))} holds identifiers and cannot be a report: name "
                 "another column with --option report, or report=none"
             )
+    return _Columns(of, findings, texts)
+
+
+def _read(path: Path, columns: _Columns) -> dict[str, list[str | None]]:
+    """The cells of each field, of "report" and of each finding as "finding NAME"."""
+    states = {f"finding {name}": name for name in columns.findings}
     read = read_table(
         path,
-        wanted | states | {f"text {name}": name for name in texts},
+        columns.of | states | {f"text {name}": name for name in columns.texts},
         numbers=states.keys(),
-        anything=_DEMOGRAPHICS & wanted.keys(),
+        anything=_DEMOGRAPHICS & columns.of.keys(),
     )[0]
     for field in _IDENTIFIERS & read.keys():
-        check_identifiers(read[field], wanted[field], path)
+        check_identifiers(read[field], columns.of[field], path)
     table = {field: column.to_pylist() for field, column in read.items()}
-    parts = {name: table.pop(f"text {name}") for name in texts}
-    if texts:
+    parts = {name: table.pop(f"text {name}") for name in columns.texts}
+    if parts:
         table["report"] = list(joined_texts(parts))
+    return table
+
+
+def _look_through(
+    path: Path, table: dict[str, list[str | None]], of: dict[str, str]
+) -> tuple[dict[str, int], list[str]]:
+    """How many different values each field has, and lines about columns that seem another's."""
     different: dict[str, int] = {}
-    about: list[str] = []
+    doubts: list[str] = []
     for field, column in table.items():
-        cells_of = Counter(map(said, column))  # of one column at a time: reports are many
-        del cells_of[""]
-        different[field] = len(cells_of)
+        cells = Counter(map(said, column))  # of one column at a time: reports are many
+        del cells[""]
+        different[field] = len(cells)
         if field == "view":
-            about += _doubts_of_views(path, wanted[field], cells_of)
+            doubts += _doubts_of_views(path, of[field], cells)
         elif field == "labels":
-            about += _doubts_of_labels(wanted[field], cells_of)
-    count = len(table["image"])
-    excluded: Counter[str] = Counter()
+            doubts += _doubts_of_labels(of[field], cells)
+    return different, doubts
+
+
+def _rows(
+    path: Path, table: dict[str, list[str | None]], columns: _Columns, cells: PatientCells
+) -> tuple[list[Row], Counter[str]]:
+    """The rows that can be taken, and how many of the others each rule left out.
+
+    Raises:  DatasetError naming the row, no cell of it
+    """
     rows = []
+    excluded: Counter[str] = Counter()
     place_of: dict[str, int] = {}
-    cells = PatientCells(table.get("sex", ()))
-    for place in range(count):
+    findings = columns.findings
+    for place in range(len(table["image"])):
         cell = {field: (column[place] or "").strip() for field, column in table.items()}
         cell |= {field: said(cell[field]) for field in _IDENTIFIERS & cell.keys()}
         if not cell["image"] or not cell["patient_id"]:
             excluded["no_image_or_patient"] += 1
             continue
-        # of a table "~" is meant as a home folder; of a folder it is a name like any other
-        if leads_out(cell["image"]) or cell["image"].startswith("~"):
-            raise DatasetError(
-                f"{path}: data row {place + 1}: its image path may lead out of --root "
-                f"(column {wanted['image']!r}); expected a relative path without '..'"
-            )
-        if (first := place_of.setdefault(posixpath.normpath(cell["image"]), place)) != place:
-            raise DatasetError(
-                f"{path}: data rows {first + 1} and {place + 1} name the same image (column "
-                f"{wanted['image']!r}; --option image=COLUMN names another): expected one row an "
-                "image; join the texts of one image, an addendum for instance, in one row"
-            )
-        if is_list_text(cell.get("labels", "")):
-            raise DatasetError(
-                f"{path}: data row {place + 1}: column {wanted['labels']!r} (labels) holds a list "
-                "in brackets, which would be one name: write names joined by '|'; --option "
-                "labels=none leaves them out"
-            )
+        _check_row(path, place, cell, columns.of, place_of)
         stated = {name: cell[f"finding {name}"] for name in findings}
         stated = {name: _AS_NUMBER.get(value.lower(), value) for name, value in stated.items()}
         positive, uncertain, negative = label_states(stated, (), path)
         split = SPLIT_OF.get(cell.get("split", "").lower(), "")
-        if "split" in wanted and not split:
+        if "split" in columns.of and not split:
             excluded["unknown_split" if cell["split"] else "no_split"] += 1
             continue
         rows.append(
@@ -157,34 +209,34 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
                 sha256=cell.get("sha256", ""),
             )
         )
-    if texts:
-        wanted["report"] = ", ".join(texts)
-    columns = ", ".join(f"{field} = {name} ({different[field]})" for field, name in wanted.items())
-    notes = [f"columns, with how many different values each holds: {columns}"]
-    is_read = {*wanted.values(), *texts, *findings}
-    # one without a name holds the row numbers of pandas
-    if unread := [name for name in names if name.strip() and name not in is_read]:
-        notes.append(f"columns not read: {some_shown(unread)}")
-    if count := excluded["unknown_split"]:
-        notes.append(
-            f"rows with another word than train, val or test in column {wanted['split']!r}: "
-            f"{count} (--option split=none splits by patient)"
+    return rows, excluded
+
+
+def _check_row(
+    path: Path, place: int, cell: dict[str, str], of: dict[str, str], place_of: dict[str, int]
+) -> None:
+    """Refuse a row that names what it must not; place_of has the images of the rows before it.
+
+    Raises:  DatasetError naming file, row and column
+    """
+    # of a table "~" is meant as a home folder; of a folder it is a name like any other
+    if leads_out(cell["image"]) or cell["image"].startswith("~"):
+        raise DatasetError(
+            f"{path}: data row {place + 1}: its image path may lead out of --root "
+            f"(column {of['image']!r}); expected a relative path without '..'"
         )
-    notes += about
-    if count := _shared_by_patients(rows):
-        notes.append(
-            f"column {wanted['study_id']!r} (study_id) holds {count} value{'s' * (count > 1)}, "
-            "each of several patients: fine for the visits of a patient; the name of a trial makes "
-            "all films of a patient one study (--option study_id=none leaves it out)"
+    if (first := place_of.setdefault(posixpath.normpath(cell["image"]), place)) != place:
+        raise DatasetError(
+            f"{path}: data rows {first + 1} and {place + 1} name the same image (column "
+            f"{of['image']!r}; --option image=COLUMN names another): expected one row an "
+            "image; join the texts of one image, an addendum for instance, in one row"
         )
-    if not texts and options["report"] != "none":
-        notes.append("no column of reports was found: name one with --option report=COLUMN")
-    if count := sum("\\" in row.image for row in rows):
-        notes.append(f"{count} image paths hold a backslash: folders are separated by '/'")
-    notes += cells.notes()
-    if findings:
-        notes.append(f"findings: {', '.join(findings)}")
-    return Collected(rows, excluded, notes)
+    if is_list_text(cell.get("labels", "")):
+        raise DatasetError(
+            f"{path}: data row {place + 1}: column {of['labels']!r} (labels) holds a list "
+            "in brackets, which would be one name: write names joined by '|'; --option "
+            "labels=none leaves them out"
+        )
 
 
 def _doubts_of_views(path: Path, column: str, cells: Counter[str]) -> list[str]:

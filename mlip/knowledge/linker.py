@@ -16,25 +16,20 @@ from weakref import WeakValueDictionary
 
 import ahocorasick
 
-from mlip.knowledge.alternatives import kin_of, places_of
 from mlip.knowledge.concept_files import load_concepts
-from mlip.knowledge.concepts import ConceptTable, LexiconError
+from mlip.knowledge.concepts import ConceptTable
 from mlip.knowledge.cues import cues_of
+from mlip.knowledge.entries import entries_of
 from mlip.knowledge.events import (
-    FLAG,
     SENTENCE_ENDS,
-    Entry,
     Event,
     Found,
-    Part,
     State,
-    any_of,
     one_by_one,
 )
 from mlip.knowledge.scope import DECIDING, resolve
 from mlip.knowledge.word_codes import (
     BLANKS,
-    MARKS,
     PARAGRAPH_MARK,
     PIECE,
     WORD,
@@ -51,9 +46,6 @@ _HEADING_REACH = 400  # characters: no sentence of a report is longer
 _STOP = re.compile(f"[{SENTENCE_ENDS}]")
 _SENTENCE, _SECTION_REPORT, _SECTION_OTHER = one_by_one("sentence section_report section_other")
 _BREAKS = _SENTENCE | _SECTION_REPORT | _SECTION_OTHER
-# semantic type -> kind of term; all others are findings
-_TERM = {"anatomy": "anatomy", "normal": "statement", "device": "device"}
-_TERM |= dict.fromkeys(("procedure", "external_object", "qualifier", "technique"), "mark")
 FEW_KNOWN_WORDS = 0.35  # share of known_words: English reports lie above 0.6, others below 0.2
 
 
@@ -77,101 +69,11 @@ class Linker:
     def __init__(self, table: ConceptTable) -> None:
         self.table = table
         self._ids = [concept.id for concept in table]
-        cue_forms = cues_of(table)
-        self._codes = WordCodes(words_of(table), frozenset(cue_forms.get("size", ())))
-        flags: dict[str, int] = {self._codes[PARAGRAPH_MARK]: FLAG["sentence"]}
-        for mark, kinds in MARKS.items():
-            flags[self._codes[mark]] = any_of(kinds)
-        for kind, forms in cue_forms.items():
-            for form in forms:
-                try:
-                    key = self.key(form)
-                except LexiconError as error:
-                    raise LexiconError(f"cues, {kind}: {error}") from None
-                flags[key] = flags.get(key, 0) | FLAG[kind]
-        owners: dict[str, int] = {}
-        for row, concept in enumerate(table):
-            for form in concept.surface_forms:
-                owners.setdefault(self.key(form), row)
-        parts: dict[str, list[Part]] = {}
-        used = 0  # slots of terms written apart
-        for row, concept in enumerate(table):
-            for form in concept.excludes:
-                flags.setdefault(self.key(form.lower()), 0)
-            for term in concept.apart:
-                slots = range(used, used + len(term))
-                used += len(term)
-                for slot, forms in zip(slots, term, strict=True):
-                    part = Part(slot, tuple(s for s in slots if s != slot), slots[-1], row)
-                    for form in forms:
-                        parts.setdefault(self.key(form.lower()), []).append(part)
-        width = self._codes.width
-        for key, row in owners.items():
-            # "healed fracture" is also the part "fracture" where one concept owns both
-            for cut in range(width, len(key), width):
-                tail = key[cut:]
-                if tail in parts and owners.get(tail) == row and key not in parts:
-                    parts[key] = parts[tail]
-        types = [concept.semantic_type for concept in table]
-        begins = any_of("strong weak current")
-        denies = FLAG["negation_before"]
-        for key, row in owners.items():
-            # "no acute disease" begins a list as "no" does: "no acute disease or effusion"
-            if types[row] == "normal":
-                cuts = range(width, len(key), width)
-                if any(flags.get(key[:cut], 0) & denies for cut in cuts):
-                    flags[key] = flags.get(key, 0) | denies
-            # "mild atelectasis" as one name begins a statement as "mild" before any other does
-            cues = (flags.get(key[:cut], 0) & begins for cut in range(len(key) - width, 0, -width))
-            if (begin := next(filter(None, cues), 0)) and not flags.get(key):
-                flags[key] = begin
-            # "heart enlarged" is a statement, "enlarged heart" a name
-            if len(key) > width and flags.get(key[-width:], 0) & FLAG["predicate"]:
-                heads = [owners.get(key[:cut], -1) for cut in range(width, len(key), width)]
-                if any(head >= 0 and types[head] == "anatomy" for head in heads):
-                    flags[key] = flags.get(key, 0) | FLAG["be"]
-        normals: dict[str, list[int]] = {}  # anatomy -> statements that it is as it should be
-        for row, concept in enumerate(table):
-            if types[row] == "normal":
-                for relation, place in concept.relations:
-                    if relation == "located_in":
-                        normals.setdefault(place, []).append(row)
-        kin, places = kin_of(table), places_of(table)
+        self._codes = WordCodes(words_of(table), frozenset(cues_of(table).get("size", ())))
         self._automaton = ahocorasick.Automaton(ahocorasick.STORE_ANY)
-        entries: dict[str, Entry] = {}
-        # the shorter ones first: a statement needs the entry of its anatomy
-        for key in sorted(dict.fromkeys((*flags, *owners, *parts)), key=len):
-            row = owners.get(key, -1)
-            kind = types[row] if row >= 0 else ""
-            reads_lists = kind == "normal" and "normal" in cue_forms
-            side, subject = self._subject(key, owners, types) if reads_lists else (0, "")
-            entries[key] = entry = Entry(
-                length=len(key) // width,
-                flags=flags.get(key, 0)
-                | (FLAG["normal"] if side else 0)
-                | (FLAG[_TERM.get(kind, "finding")] if row >= 0 else 0),
-                concept=row,
-                kin=kin.get(row, ()),
-                places=places.get(row, frozenset()),
-                parts=tuple(parts.get(key, ())),
-                normals=tuple(normals.get(self._ids[row], ())) if row >= 0 else (),
-                subject_side=side,
-                subject=entries.get(subject),
-            )
+        for key, entry in entries_of(table, self._codes).items():
             self._automaton.add_word(key, entry)
         self._automaton.make_automaton()
-
-    def _subject(self, key: str, owners: dict[str, int], types: list[str]) -> tuple[int, str]:
-        """-1 where a normal statement begins with its anatomy ("heart size is normal"), 1 where it
-        ends with it ("normal heart size"), else 0; and the longest such anatomy."""
-        width = self._codes.width
-        for side in (-1, 1):
-            for cut in range(width, len(key), width):
-                part = key[:-cut] if side < 0 else key[cut:]
-                row = owners.get(part, -1)
-                if row >= 0 and types[row] == "anatomy":
-                    return side, part
-        return 0, ""
 
     def link(self, text: str) -> list[Mention]:
         """Every mention in order of its start; the same list in every process.
@@ -179,18 +81,11 @@ class Linker:
         Text under a heading such as INDICATION or COMPARISON says nothing of this image and is
         left out; from IMPRESSION or FINDINGS on, or from a blank line on, it counts again.
         """
-        lowered = text.lower()
-        if len(lowered) != len(text):  # a few letters change length in lower case
-            lowered = "".join([c.lower() if len(c.lower()) == 1 else c for c in text])
-        if "\n" in lowered:
-            lowered = _PARAGRAPH.sub(PARAGRAPH_MARK, lowered)
-        if "(-)" in lowered or "(+)" in lowered or ": -" in lowered or ": +" in lowered:
-            lowered = _SIGN.sub(_mark, lowered)
+        lowered = _marked(text)
         pieces = PIECE.findall(lowered)
-        codes, width = self._codes, self._codes.width
-        coded = "".join(map(codes.__getitem__, pieces))
+        width = self._codes.width
+        coded = "".join(map(self._codes.__getitem__, pieces))
         ends = list(accumulate(map(len, pieces)))
-        ids = self._ids
         found: list[Found] = []
         events: list[Event] = []
         decide = header_end = 0  # a blank line right behind a heading does not end its section
@@ -224,6 +119,13 @@ class Linker:
         if events and counts:
             found += resolve(events, decide != 0, len(pieces), pieces)
         found.sort()
+        return self._mentions(found, lowered, pieces, ends)
+
+    def _mentions(
+        self, found: list[Found], text: str, pieces: list[str], ends: list[int]
+    ) -> list[Mention]:
+        """What was found in pieces of the text, as places in it."""
+        ids = self._ids
         # a NamedTuple's own __new__ costs three times tuple's
         make = tuple.__new__
         mentions = []
@@ -231,8 +133,8 @@ class Linker:
             begin = ends[start - 1] if start else 0
             # the last piece carries the blanks behind it
             stop = ends[end - 1] - len(pieces[end - 1]) + len(pieces[end - 1].rstrip(BLANKS))
-            if state == "present" and lowered[stop : stop + 1] == ":":
-                state = self._below_heading(found, k, lowered, ends)
+            if state == "present" and text[stop : stop + 1] == ":":
+                state = self._below_heading(found, k, text, ends)
             mentions.append(make(Mention, (ids[row], begin, stop, state)))
         return mentions
 
@@ -259,20 +161,20 @@ class Linker:
         return sum(self._codes[word] != unknown for word in words), len(words)
 
     def key(self, term: str) -> str:
-        """A term as codes: equal for terms that match the same text (plurals, hyphens).
+        """A term as codes, equal for terms that match the same text; raises as WordCodes.key."""
+        return self._codes.key(term)
 
-        Raises:  LexiconError on a character that no report can match
-        """
-        out = []
-        for piece in PIECE.findall(term.strip()):
-            code = self._codes[piece]
-            if code == self._codes.unknown:
-                raise LexiconError(
-                    f"term {term!r}: {piece.strip()!r} in it cannot be matched, only letters, "
-                    "digits and ASCII signs can; write it without or leave the term out"
-                )
-            out.append(code)
-        return "".join(out)
+
+def _marked(text: str) -> str:
+    """The text in lower case, of the same length, with marks for paragraphs and signs."""
+    lowered = text.lower()
+    if len(lowered) != len(text):  # a few letters change length in lower case
+        lowered = "".join([c.lower() if len(c.lower()) == 1 else c for c in text])
+    if "\n" in lowered:
+        lowered = _PARAGRAPH.sub(PARAGRAPH_MARK, lowered)
+    if "(-)" in lowered or "(+)" in lowered or ": -" in lowered or ": +" in lowered:
+        lowered = _SIGN.sub(_mark, lowered)
+    return lowered
 
 
 def _mark(sign: re.Match[str]) -> str:

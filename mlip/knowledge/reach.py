@@ -5,6 +5,8 @@ What does not live here: what the cues do (scope.py) and the cue words (lexicon/
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from mlip.knowledge.events import (
     ABSENT,
     FIXED,
@@ -47,17 +49,36 @@ def list_goes_on(
     """
     if closed:
         return False
-    following = events[i + 1][2].flags if i + 1 < len(events) else 0
-    if following & _LIMIT and i + 2 < len(events) and not events[i + 2][2].flags & _SIZE:
-        following = events[i + 2][2].flags  # "no effusion, at least moderate edema"
-    has_or = has_be = False
-    ends_list = False  # ", or" ends a list, whatever its middle looks like
+    rest = _rest_of_list(events, i, state, single)
+    if rest.says or not rest.has_or and _is_first_device(events, i, state):
+        return False
+    following = _following(events, i)
+    begins = bool(following & _STRONG) and not (following & _WEAK and state == ABSENT)
+    if following & (_ARTICLE | _WITH) and state == ABSENT:
+        begins = True  # "no edema, the nodule ...", "no edema, with atelectasis at the base"
+    if not rest.is_ended and (begins or _has_size(events, i) and not _ends_with_other(events, i)):
+        return _is_quality_of_list(events, i)
+    if rest.is_joined or listing:
+        return True
+    if single or state == UNCERTAIN:
+        return bool(following & (_AND | _OR))
+    return not following & _WEAK
+
+
+class _Rest(NamedTuple):
+    """What stands behind a comma, up to the next cue that ends a list."""
+
+    says: bool  # something is said of a subject before the next comma
+    has_or: bool
+    is_joined: bool  # by "or", or by "and" behind another comma
+    is_ended: bool  # by ", or", whatever its middle looks like
+
+
+def _rest_of_list(events: list[Event], i: int, state: State, single: bool) -> _Rest:
+    says = has_or = is_joined = is_ended = False
     in_segment = True  # up to the next comma
     # ", or" in a row: "no edema, or 8 mm nodule", not "no edema, 5 or 6 mm nodule"
     last = _COMMA if i + 1 < len(events) and events[i + 1][0] == events[i][1] else 0
-    # "no effusion, PICC in the SVC", where no device was denied before
-    device = state == ABSENT and behind(events, i, NAME | _COMMA) & _DEVICE != 0
-    device = device and not before(events, i, _NEG | _DEVICE) & _DEVICE
     for j in range(i + 1, len(events)):
         flags = events[j][2].flags
         if flags & _ENDS_LIST and not flags & _SAID_BEHIND:
@@ -65,30 +86,34 @@ def list_goes_on(
         if flags & _COMMA:
             in_segment = False
         elif flags & _OR:
-            has_or, device = True, False
-            ends_list = ends_list or last & _COMMA != 0
+            has_or = is_joined = True
+            is_ended = is_ended or last & _COMMA != 0
         elif flags & _AND and not in_segment:
             if single:
                 break  # "no acute disease, left effusion, and scar"
-            has_or = True
-        elif flags & _MAY_SAY and in_segment and not has_or and not has_be:
-            has_be = _says_of_subject(events, i, j, state)
-        elif flags & _SEEN and in_segment and not has_or:
-            has_be = has_be or _is_seen_behind_list(events, i, j)
+            is_joined = True
+        elif in_segment and not is_joined and not says:
+            if flags & _MAY_SAY:
+                says = _says_of_subject(events, i, j, state)
+            elif flags & _SEEN:
+                says = _is_seen_behind_list(events, i, j)
         last = flags
-    begins = bool(following & _STRONG) and not (following & _WEAK and state == ABSENT)
-    if following & (_ARTICLE | _WITH) and state == ABSENT:
-        begins = True  # "no edema, the nodule ...", "no edema, with atelectasis at the base"
-    if has_be or device:
+    return _Rest(says, has_or, is_joined, is_ended)
+
+
+def _following(events: list[Event], i: int) -> int:
+    """The flags of the event behind event i, of the one behind "at least" where no size is."""
+    following = events[i + 1][2].flags if i + 1 < len(events) else 0
+    if following & _LIMIT and i + 2 < len(events) and not events[i + 2][2].flags & _SIZE:
+        following = events[i + 2][2].flags  # "no effusion, at least moderate edema"
+    return following
+
+
+def _is_first_device(events: list[Event], i: int, state: State) -> bool:
+    """Whether a device stands behind a denial of other things: "no effusion, PICC in the SVC"."""
+    if state != ABSENT or not behind(events, i, NAME | _COMMA) & _DEVICE:
         return False
-    has_size = _has_size(events, i) and not _ends_with_other(events, i)
-    if not ends_list and (begins or has_size):
-        return _is_quality_of_list(events, i)
-    if has_or or listing:
-        return True
-    if single or state == UNCERTAIN:
-        return bool(following & (_AND | _OR))
-    return not following & _WEAK
+    return not before(events, i, _NEG | _DEVICE) & _DEVICE
 
 
 def starts_anew(events: list[Event], i: int, state: State, single: bool) -> bool:

@@ -7,6 +7,9 @@ not live here: finding the events (linker.py) and the cue words (lexicon/_cues.y
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 from mlip.knowledge.alternatives import leave_open
 from mlip.knowledge.asides import is_of_structure, judge_asides
 from mlip.knowledge.events import (
@@ -63,7 +66,6 @@ _ASIDES = any_of("rejected past change_of failed tried")
 # a sentence without any of these asserts all it mentions
 DECIDING = _NEG | _NOT | _AFTER | _UNC_BEFORE | _UNC_AFTER | _ALT | _QUESTION | _DOUBT | _SIGN
 DECIDING |= any_of("answer removal choice rejected failed tried supposing more")
-_ACTS = DECIDING & ~_CHOICE | _VERB | _ASIDES | any_of("fault likewise")
 # The longest sentence of 3,955 real reports has 21. Rules look ahead and back over a sentence, so a
 # megabyte without a stop would cost the square of its length: it is judged in pieces.
 _MAX_EVENTS = 200
@@ -78,153 +80,254 @@ def resolve(events: list[Event], decide: bool, stop: int, words: list[str]) -> l
     if len(events) > _MAX_EVENTS:
         pieces = [events[i : i + _MAX_EVENTS] for i in range(0, len(events), _MAX_EVENTS)]
         return [mention for piece in pieces for mention in resolve(piece, decide, stop, words)]
-    choices: list[int] = []  # events that may join alternatives
-    asides: list[tuple[int, State]] = []  # events of "rather than" and the like, state there
-    found: list[Found] = []
-    state: State = PRESENT
-    said: State
-    single = False  # the negation reaches one term, not a list
-    listing = False  # the hedge reaches over a list of commas
-    leads = False  # a sign speaks of what follows, as the first one of the sentence did
-    that = False  # the negation is of a clause: "no evidence that ..."
-    normal: list[Found] = []  # statements on a list of anatomy; no cue changes them
-    closed = False  # a verb came after a term since the cue: the next comma ends its reach
-    since = 0  # entries of found when the cue came
-    parts: dict[int, tuple[int, int]] = {}  # first and last piece of what fills a slot
-    for i, (start, end, entry) in enumerate(events):
+    scope = _Scope(events, stop, words)
+    for i, (start, _, entry) in enumerate(events):
         if entry.subject_side < 0 and entry.subject is not None and is_range(events, i):
             # "the heart is normal to mildly enlarged" states no more of it than its name
             entry = entry.subject
-            end = start + entry.length
-            events[i] = start, end, entry
+            events[i] = start, start + entry.length, entry
         flags = entry.flags
         if decide and flags & CUE:
-            if flags & _CLAUSE:
-                state, closed = PRESENT, False
-                parts.clear()
-            elif flags & _COMMA:
-                if (
-                    state != PRESENT
-                    and not (i == 1 and events[0][2].flags & _SUPPOSING)
-                    and not list_goes_on(events, i, state, closed, single, listing)
-                ):
-                    state, closed = PRESENT, False
-            elif flags & _AND_WITH:
-                if state != PRESENT and starts_anew(events, i, state, single):
-                    state, closed = PRESENT, False
-            elif flags & _CHOICE and state != ABSENT:
-                choices.append(i)
-            if flags & _POS:
-                state, closed = PRESENT, False
-            if not flags & _ACTS:
-                if flags & _ARTICLE and state == ABSENT:
-                    asides.append((i, state))
-            elif flags & _ANSWER and stands_alone(events, i, stop, words):
-                look_back(events, i, found, words, ABSENT)
-                closed = True
-            elif flags & _SIGN:
-                said = ABSENT if flags & _MINUS else PRESENT
-                leads = leads or flags & _LEADING != 0
-                if leads:
-                    state, closed, single, since = said, False, True, len(found)
-                elif right_before(events, i) & TERM:
-                    look_back(events, i, found, words, said)
-                    state = PRESENT
-            elif flags & _NEG:
-                state, closed, single, since = ABSENT, False, False, len(found)
-                that = flags & _DENIED_CLAUSE != 0
-            elif flags & _NOT:
-                state, closed, single, since = ABSENT, False, True, len(found)
-            elif flags & _UNC and end == stop and is_hedged_alone(events, i, found):
-                found[-1] = (*found[-1][:4], UNCERTAIN)
-            elif flags & _UNC and end == stop and is_answer(events, i, words):
-                look_back(events, i, found, words, UNCERTAIN)
-            elif flags & _UNC_BEFORE:
-                listing = flags & _UNC_LIST != 0
-                if state != ABSENT or (i and events[i - 1][2].flags & (_COMMA | _AND | _PAST)):
-                    state, closed, single = UNCERTAIN, False, False
-            elif flags & _SUPPOSING:
-                if state != ABSENT and not suppose(events, i, found, stop):
-                    state, closed, single, since = UNCERTAIN, False, False, len(found)
-            elif flags & _AFTER:
-                if not i and not flags & _NORMAL and right_behind(events, 0) & _BEGUN:
-                    state = ABSENT  # "absent edema and effusion"
-                else:
-                    # "no evidence that the effusion has resolved"
-                    said = PRESENT if that and state == ABSENT else ABSENT
-                    look_back(events, i, found, words, said, flags & _AFTER_ONE)
-                    closed = True
-            elif flags & _UNC_AFTER:
-                if not flags & _UNASSESSED or not is_assessed(events, i):
-                    look_back(events, i, found, words, UNCERTAIN)
-                closed = True
-            elif flags & _DOUBT:
-                if not doubts_what_follows(events, i):
-                    look_back(events, i, found, words, UNCERTAIN, flags & _DOUBT_ONE)
-                    closed = True
-                elif state != ABSENT:
-                    state, closed, single = UNCERTAIN, False, False
-            elif flags & _REMOVAL:
-                give_device(events, i, found, ABSENT)
-            elif flags & _FAULT:
-                # "no pacemaker lead fracture" denies the fracture and shows the pacemaker
-                give_device(events, i, found, PRESENT)
-            elif flags & _ASIDES:
-                asides.append((i, state))
-            elif flags & _MORE:
-                if is_of_structure(events, i):
-                    state, closed, single, since = ABSENT, False, False, len(found)
-            elif flags & _LIKEWISE:
-                if found and found[-1][4] == ABSENT:
-                    state, closed, single, since = ABSENT, False, False, len(found)
-            elif flags & _ALT:
-                if found and found[-1][4] != ABSENT:
-                    if events[found[-1][3]][2].flags & _OPEN:
-                        found[-1] = (*found[-1][:4], UNCERTAIN)
-                if state == PRESENT:
-                    state, closed, single = UNCERTAIN, False, False
-            elif flags & _QUESTION:
-                if found and not leads_on(words, start):
-                    look_back(events, i, found, words, UNCERTAIN)
-                else:
-                    state, closed, single = UNCERTAIN, False, False
-            elif flags & _VERB:
-                if flags & _CHANGE and that and state == ABSENT:
-                    look_back(events, i, found, words, PRESENT)
-                if not flags & _SEEN or not right_before(events, i) & JOINT:
-                    # "or visible nodule" ends no statement, nor "neither lung shows"
-                    closed = len(found) > since and not (
-                        flags & _OBJECT and _is_denied_subject(events, i)
-                    )
+            scope.hear(i, flags)
         if flags & _NORMAL:
-            stated = normal_statements(events, i, stop, words)
-            normal += stated
-            if stated and entry.concept < 0:
-                state, closed = PRESENT, False
-                parts.clear()
-        if flags & TERM and not (flags & _FAULT and right_before(events, i) & _DEVICE):
-            if flags & _STATEMENT:
-                # "no acute disease, effusion or edema" denies the rest of its list too
-                goes_on = flags & _NEG and right_behind(events, i) & _LISTS
-                state, closed, single = ABSENT if goes_on else PRESENT, False, True
-            found.append((start, end, entry.concept, i, PRESENT if flags & FIXED else state))
+            scope.state_normal(i)
+        if flags & TERM:
+            scope.find(i, flags)
         if entry.parts:
-            here = (start, end)
-            for slot, others, last_slot, row in entry.parts:
-                parts[slot] = first = last = here
-                for other_slot in others:
-                    other = parts.get(other_slot)
-                    if other is None or end - other[0] > MAX_GAP:
-                        break
-                    first, last = min(first, other), max(last, other)
-                else:
-                    found.append((first[0], last[1], row, i, state))
-                    del parts[last_slot]
-    if asides:
-        judge_asides(asides, events, found, words)
-    if choices:
-        leave_open(choices, events, found, words)
-    return found + normal if normal else found
+            scope.join_parts(i)
+    if scope.asides:
+        judge_asides(scope.asides, events, scope.found, words)
+    if scope.choices:
+        leave_open(scope.choices, events, scope.found, words)
+    return scope.found + scope.normal if scope.normal else scope.found
+
+
+class _Scope:
+    """A sentence up to one of its events: what the cues so far say of the next term, and what was
+    found. Each cue acts by one rule, the first of _RULES for one of its kinds."""
+
+    __slots__ = (
+        *("events", "stop", "words", "found", "normal", "choices", "asides", "parts"),
+        *("state", "since", "closed", "single", "listing", "leads", "that"),
+    )
+
+    def __init__(self, events: list[Event], stop: int, words: list[str]) -> None:
+        self.events, self.stop, self.words = events, stop, words
+        self.found: list[Found] = []
+        self.normal: list[Found] = []  # statements on a list of anatomy; no cue changes them
+        self.choices: list[int] = []  # events that may join alternatives
+        # events of "rather than" and the like, state there
+        self.asides: list[tuple[int, State]] = []
+        self.parts: dict[int, tuple[int, int]] = {}  # first and last piece of what fills a slot
+        self.state: State = PRESENT
+        self.since = 0  # entries of found when the cue came
+        self.closed = False  # a verb came after a term since the cue: the next comma ends its reach
+        self.single = False  # the negation reaches one term, not a list
+        self.listing = False  # the hedge reaches over a list of commas
+        self.leads = False  # a sign speaks of what follows, as the first one of the sentence did
+        self.that = False  # the negation is of a clause: "no evidence that ..."
+
+    def hear(self, i: int, flags: int) -> None:
+        """The cue of event i: whether it ends the reach of the one before, then what it says."""
+        if flags & _CLAUSE:
+            self._end()
+            self.parts.clear()
+        elif flags & _COMMA:
+            if self.state != PRESENT and not self._goes_on(i):
+                self._end()
+        elif flags & _AND_WITH:
+            if self.state != PRESENT and starts_anew(self.events, i, self.state, self.single):
+                self._end()
+        elif flags & _CHOICE and self.state != ABSENT:
+            self.choices.append(i)
+        if flags & _POS:
+            self._end()
+        if flags & _ANSWER and stands_alone(self.events, i, self.stop, self.words):
+            self._look_back(i, ABSENT)
+            self.closed = True
+        elif rule := _rule_of(flags):
+            rule(self, i, flags)
+
+    def state_normal(self, i: int) -> None:
+        """The statements that event i makes of a list of anatomy."""
+        stated = normal_statements(self.events, i, self.stop, self.words)
+        self.normal += stated
+        if stated and self.events[i][2].concept < 0:
+            self._end()
+            self.parts.clear()
+
+    def find(self, i: int, flags: int) -> None:
+        """The term of event i, in the state that holds here."""
+        if flags & _FAULT and right_before(self.events, i) & _DEVICE:
+            return
+        if flags & _STATEMENT:
+            # "no acute disease, effusion or edema" denies the rest of its list too
+            goes_on = flags & _NEG and right_behind(self.events, i) & _LISTS
+            self._reach(ABSENT if goes_on else PRESENT, single=True)
+        start, end, entry = self.events[i]
+        state = PRESENT if flags & FIXED else self.state
+        self.found.append((start, end, entry.concept, i, state))
+
+    def join_parts(self, i: int) -> None:
+        """The terms written apart of which event i is the last part to come."""
+        start, end, entry = self.events[i]
+        here = (start, end)
+        for slot, others, last_slot, row in entry.parts:
+            self.parts[slot] = first = last = here
+            for other_slot in others:
+                other = self.parts.get(other_slot)
+                if other is None or end - other[0] > MAX_GAP:
+                    break
+                first, last = min(first, other), max(last, other)
+            else:
+                self.found.append((first[0], last[1], row, i, self.state))
+                del self.parts[last_slot]
+
+    def _reach(self, state: State, single: bool = False) -> None:
+        """From here on `state` holds."""
+        self.state, self.closed, self.single = state, False, single
+
+    def _begin(self, state: State, single: bool = False) -> None:
+        """From here on `state` holds, and a verb closes it only behind a term yet to come."""
+        self._reach(state, single)
+        self.since = len(self.found)
+
+    def _end(self) -> None:
+        self.state, self.closed = PRESENT, False
+
+    def _goes_on(self, i: int) -> bool:
+        """Whether what holds reaches over the comma of event i."""
+        if i == 1 and self.events[0][2].flags & _SUPPOSING:
+            return True
+        return list_goes_on(self.events, i, self.state, self.closed, self.single, self.listing)
+
+    def _look_back(self, i: int, state: State, kinds: int = 0) -> None:
+        look_back(self.events, i, self.found, self.words, state, kinds)
+
+    def _sign(self, i: int, flags: int) -> None:
+        said: State = ABSENT if flags & _MINUS else PRESENT
+        self.leads = self.leads or flags & _LEADING != 0
+        if self.leads:
+            self._begin(said, single=True)
+        elif right_before(self.events, i) & TERM:
+            self._look_back(i, said)
+            self.state = PRESENT
+
+    def _negation(self, i: int, flags: int) -> None:
+        self._begin(ABSENT)
+        self.that = flags & _DENIED_CLAUSE != 0
+
+    def _not(self, i: int, flags: int) -> None:
+        self._begin(ABSENT, single=True)
+
+    def _hedge(self, i: int, flags: int) -> None:
+        if flags & _UNC and self.events[i][1] == self.stop:
+            if is_hedged_alone(self.events, i, self.found):
+                self.found[-1] = (*self.found[-1][:4], UNCERTAIN)
+                return
+            if is_answer(self.events, i, self.words):
+                self._look_back(i, UNCERTAIN)
+                return
+        self.listing = flags & _UNC_LIST != 0
+        is_apart = i and self.events[i - 1][2].flags & (_COMMA | _AND | _PAST)
+        if self.state != ABSENT or is_apart:
+            self._reach(UNCERTAIN)
+
+    def _supposing(self, i: int, flags: int) -> None:
+        if self.state != ABSENT and not suppose(self.events, i, self.found, self.stop):
+            self._begin(UNCERTAIN)
+
+    def _denied_before(self, i: int, flags: int) -> None:
+        if not i and not flags & _NORMAL and right_behind(self.events, 0) & _BEGUN:
+            self.state = ABSENT  # "absent edema and effusion"
+            return
+        # "no evidence that the effusion has resolved"
+        is_twice = self.that and self.state == ABSENT
+        self._look_back(i, PRESENT if is_twice else ABSENT, flags & _AFTER_ONE)
+        self.closed = True
+
+    def _doubted_before(self, i: int, flags: int) -> None:
+        if not flags & _UNASSESSED or not is_assessed(self.events, i):
+            self._look_back(i, UNCERTAIN)
+        self.closed = True
+
+    def _doubt(self, i: int, flags: int) -> None:
+        if not doubts_what_follows(self.events, i):
+            self._look_back(i, UNCERTAIN, flags & _DOUBT_ONE)
+            self.closed = True
+        elif self.state != ABSENT:
+            self._reach(UNCERTAIN)
+
+    def _removal(self, i: int, flags: int) -> None:
+        give_device(self.events, i, self.found, ABSENT)
+
+    def _fault(self, i: int, flags: int) -> None:
+        # "no pacemaker lead fracture" denies the fracture and shows the pacemaker
+        give_device(self.events, i, self.found, PRESENT)
+
+    def _aside(self, i: int, flags: int) -> None:
+        self.asides.append((i, self.state))
+
+    def _article(self, i: int, flags: int) -> None:
+        if self.state == ABSENT:
+            self.asides.append((i, self.state))
+
+    def _more(self, i: int, flags: int) -> None:
+        if is_of_structure(self.events, i):
+            self._begin(ABSENT)
+
+    def _likewise(self, i: int, flags: int) -> None:
+        if self.found and self.found[-1][4] == ABSENT:
+            self._begin(ABSENT)
+
+    def _alternative(self, i: int, flags: int) -> None:
+        if self.found and self.found[-1][4] != ABSENT:
+            if self.events[self.found[-1][3]][2].flags & _OPEN:
+                self.found[-1] = (*self.found[-1][:4], UNCERTAIN)
+        if self.state == PRESENT:
+            self._reach(UNCERTAIN)
+
+    def _question(self, i: int, flags: int) -> None:
+        if self.found and not leads_on(self.words, self.events[i][0]):
+            self._look_back(i, UNCERTAIN)
+        else:
+            self._reach(UNCERTAIN)
+
+    def _verb(self, i: int, flags: int) -> None:
+        if flags & _CHANGE and self.that and self.state == ABSENT:
+            self._look_back(i, PRESENT)
+        if not flags & _SEEN or not right_before(self.events, i) & JOINT:
+            # "or visible nodule" ends no statement, nor "neither lung shows"
+            is_denied = flags & _OBJECT and _is_denied_subject(self.events, i)
+            self.closed = len(self.found) > self.since and not is_denied
+
+
+_Rule = Callable[[_Scope, int, int], None]
+# of a cue of several kinds the first rule that is of one of them
+_RULES: tuple[tuple[int, _Rule], ...] = (
+    (_SIGN, _Scope._sign),
+    (_NEG, _Scope._negation),
+    (_NOT, _Scope._not),
+    (_UNC_BEFORE, _Scope._hedge),
+    (_SUPPOSING, _Scope._supposing),
+    (_AFTER, _Scope._denied_before),
+    (_UNC_AFTER, _Scope._doubted_before),
+    (_DOUBT, _Scope._doubt),
+    (_REMOVAL, _Scope._removal),
+    (_FAULT, _Scope._fault),
+    (_ASIDES, _Scope._aside),
+    (_MORE, _Scope._more),
+    (_LIKEWISE, _Scope._likewise),
+    (_ALT, _Scope._alternative),
+    (_QUESTION, _Scope._question),
+    (_VERB, _Scope._verb),
+    (_ARTICLE, _Scope._article),
+)
+
+
+@cache
+def _rule_of(flags: int) -> _Rule | None:
+    return next((rule for kinds, rule in _RULES if flags & kinds), None)
 
 
 def _is_denied_subject(events: list[Event], i: int) -> bool:

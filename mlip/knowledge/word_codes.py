@@ -66,6 +66,22 @@ class WordCodes(dict[str, str]):
             self[piece] = code
         return code
 
+    def key(self, term: str) -> str:
+        """A term as codes: equal for terms that match the same text (plurals, hyphens).
+
+        Raises:  LexiconError on a character that no report can match
+        """
+        codes = []
+        for piece in PIECE.findall(term.strip()):
+            code = self[piece]
+            if code == self.unknown:
+                raise LexiconError(
+                    f"term {term!r}: {piece.strip()!r} in it cannot be matched, only letters, "
+                    "digits and ASCII signs can; write it without or leave the term out"
+                )
+            codes.append(code)
+        return "".join(codes)
+
     def _next(self) -> str:
         number, digits = self._used, []
         self._used += 1

@@ -26,7 +26,7 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
 )
 
-from mlip.dataloading.datasets.folder import _left_out
+from mlip.dataloading.datasets.folder import _left_out, _Rules
 from mlip.dataloading.dicom import capture as dicom_capture
 from mlip.dataloading.dicom.capture import NOTICE, capture, is_capture, read_film
 from mlip.dataloading.dicom.radiograph import DicomError, read_identity, write_radiograph
@@ -326,8 +326,9 @@ def test_preparing_a_folder_leaves_a_map_beside_its_film_out(tmp_path: Path) -> 
     source = film(tmp_path)
     source.Modality = "CR"
     identity = read_identity(made_of(content(source)))
-    assert _left_out(identity, {"DX", "CR", "OT"}, set()) == "secondary_capture"
-    assert _left_out(identity, {"DX", "CR"}, set()) == "modality_ot"
+    options = {"patient_level": "1", "keep": "", "views": "all"}
+    for modalities, rule in (("DX,CR,OT", "secondary_capture"), ("DX,CR", "modality_ot")):
+        assert _left_out(identity, _Rules.of({**options, "modalities": modalities})) == rule
 
 
 def test_an_attribute_without_end_is_refused_by_its_name(tmp_path: Path) -> None:
