@@ -29,6 +29,7 @@ REASONS = {
     "truncated": "the file ends before its picture does",
     "undecodable": "the decoder refused the file",
     "internal_error": "an error of this program, not of the file: please report it",
+    "not_in_place": "the shard is not the one that the manifest was made with",
     "hash_mismatch": "the bytes differ from the manifest's SHA-256",
 }
 # beside these: CODES of dicom/source.py, for what only a DICOM file can have wrong

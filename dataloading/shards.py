@@ -163,7 +163,8 @@ class _Descriptors:
             allowed = _OPEN_SHARE * _MOST_OPEN
         self._most = max(1, min(_MOST_OPEN, allowed // _OPEN_SHARE))
 
-    def read(self, key: tuple[int, str, str], offset: int, size: int) -> bytes:
+    def read(self, key: tuple[int, str, str], offset: int, size: int) -> tuple[bytes, bytes]:
+        """A member's header and its content."""
         with self._lock:
             descriptor = self._open.get(key)
             if descriptor is None:
@@ -174,7 +175,8 @@ class _Descriptors:
                 self._open.move_to_end(key)
         # another thread may drop it from the table in the meantime: the reference here keeps the
         # number from being closed and given to another file
-        return os.pread(descriptor.number, size, offset)
+        header = os.pread(descriptor.number, _BLOCK, offset - _BLOCK) if offset >= _BLOCK else b""
+        return header, os.pread(descriptor.number, size, offset)
 
     def forget(self, key: tuple[int, str, str]) -> None:
         with self._lock:
@@ -203,11 +205,12 @@ def _open_inside(root: str, shard: str) -> int:
 
 
 def read_bytes(root: str, reference: str | Reference, references: int = 0) -> bytes:
-    """The content of one member, by one pread; threads and forked processes may share it.
+    """The content of one member, by offset; threads and forked processes may share it.
 
     references  the number of the References it is from
-    Raises:  BadSample (missing, no_permission, not_a_file, io_error, truncated, too_large,
-             unsupported); DataError where the root is gone or a link leads out of it; LimitError.
+    Raises:  BadSample (missing, no_permission, not_a_file, io_error, truncated, not_in_place,
+             too_large, unsupported); DataError where the root is gone or a link leads out of it;
+             LimitError.
     """
     parsed = parse_reference(reference) if isinstance(reference, str) else reference
     if parsed is None:
@@ -216,14 +219,29 @@ def read_bytes(root: str, reference: str | Reference, references: int = 0) -> by
         raise BadSample("too_large", f"{parsed.size} bytes")
     key = (references, root, parsed.shard)
     try:
-        content = _descriptors.read(key, parsed.offset, parsed.size)
+        header, content = _descriptors.read(key, parsed.offset, parsed.size)
     except OSError as error:
         _descriptors.forget(key)
         raise unreadable(error, "shard") from None
     if len(content) != parsed.size:
         _descriptors.forget(key)
         raise BadSample("truncated", "the shard ends before the member does")
+    if not _is_of_size(header, parsed.size):
+        _descriptors.forget(key)
+        raise BadSample("not_in_place", "the shard holds no member of this size at this place")
     return content
+
+
+def _is_of_size(header: bytes, size: int) -> bool:
+    """Whether a member's header says this size: of a shard that was made anew none is expected to
+    stand where the manifest of before says."""
+    field = header[124:136]
+    if field == b"%011o\0" % size:  # as tarfile, GNU tar and bsdtar write it
+        return True
+    try:
+        return int(field.strip(b" \0"), 8) == size
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)

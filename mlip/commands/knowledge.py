@@ -1,7 +1,7 @@
 """The `mlip knowledge` command: build a concept table, look into it, see a report's mentions.
 
-What does not live here: any reading or matching (mlip/knowledge), and what a report's text is made
-of before (dataloading/reports/text.py).
+What does not live here: building a table (knowledge_build.py), any reading or matching
+(mlip/knowledge), and what a report's text is made of before (dataloading/reports/text.py).
 """
 
 from __future__ import annotations
@@ -18,26 +18,23 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
-    DownloadColumn,
     Progress,
-    TaskID,
     TextColumn,
     TimeElapsedColumn,
 )
 from rich.table import Table
 from rich.text import Text
 
+from mlip.commands.knowledge_build import run_build
 from mlip.dataloading.reports.markup import is_rtf, without_markup
 from mlip.dataloading.reports.text import MAX_CHARACTERS, clean_report
-from mlip.knowledge.concept_files import is_table, load_concepts, write_table
+from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.concepts import ConceptTable, LexiconError
-from mlip.knowledge.cues import cues_of, read_cues
+from mlip.knowledge.cues import cues_of
 from mlip.knowledge.graph import MODELS, graph_vectors, is_vectors, write_vectors
 from mlip.knowledge.lexicon_text import read_text
 from mlip.knowledge.linker import FEW_KNOWN_WORDS, Linker, Mention
-from mlip.knowledge.merging import merge
-from mlip.knowledge.ontologies import read_csv, read_obo
-from mlip.knowledge.umls import SEMANTIC_TYPES, read_umls
+from mlip.knowledge.umls import SEMANTIC_TYPES
 from mlip.settings.config import Knowledge
 from mlip.system.output_file import require_replaceable, require_writable
 from mlip.system.unread_output import one_line
@@ -95,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the chosen sub-command; 0, or 2 with a message where the input cannot be used."""
     console = Console(soft_wrap=True, highlight=False)
-    actions = {"build": _build, "show": _show, "link": _link, "stats": _stats, "embed": _embed}
+    actions = {"build": run_build, "show": _show, "link": _link, "stats": _stats, "embed": _embed}
     try:
         return actions[arguments.action](arguments, console)
     except ValueError as error:  # LexiconError is one
@@ -135,90 +132,6 @@ def _embed(arguments: argparse.Namespace, console: Console) -> int:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     write_vectors(vectors, arguments.out, require_own=require_own)
     console.print(f"{arguments.out}: use it with knowledge.vectors={arguments.out}")
-    return 0
-
-
-def _build(arguments: argparse.Namespace, console: Console) -> int:
-    if arguments.out.suffix != ".jsonl":
-        raise LexiconError(f"--out {arguments.out}: expected a name that ends in .jsonl")
-    require_writable(arguments.out.parent)
-
-    def require_own(out: Path) -> None:
-        require_replaceable(out, "--out", "table of mlip knowledge build", is_ours=is_table(out))
-
-    require_own(arguments.out)
-    for option, values, reader, given in (
-        ("--under", arguments.under, "--obo", arguments.obo),
-        ("--sources", arguments.sources, "--umls", arguments.umls),
-        ("--types", arguments.types, "--umls", arguments.umls),
-        ("--languages", arguments.languages, "--umls", arguments.umls),
-    ):
-        if values and not given:
-            raise LexiconError(f"{option} filters what {reader} reads; {reader} is not given")
-    cues = read_cues(arguments.cues) if arguments.cues is not None else None
-    tables = [] if arguments.no_lexicon else [load_concepts(None)]
-    for path in arguments.obo:
-        tables.append(read_obo(path, under=arguments.under))
-    tables += [read_csv(path) for path in arguments.csv]
-    if arguments.umls is not None:
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-        errors = Console(stderr=True)
-        with Progress(*columns, TimeElapsedColumn(), console=errors, transient=True) as progress:
-            tasks: dict[str, TaskID] = {}
-
-            def advance(name: str, done: int, total: int) -> None:
-                if name not in tasks:
-                    tasks[name] = progress.add_task(name, total=total)
-                progress.update(tasks[name], completed=done)
-
-            tables.append(
-                read_umls(
-                    arguments.umls,
-                    languages=arguments.languages or ["ENG"],
-                    sources=arguments.sources,
-                    semantic_types=arguments.types or SEMANTIC_TYPES,
-                    progress=advance,
-                )
-            )
-    if not tables:
-        raise LexiconError("nothing to build: give --obo, --csv or --umls, or drop --no-lexicon")
-    for part in tables:
-        if not len(part):
-            raise LexiconError(
-                f"{part.provenance['source']}: no concept was found; check it and its filters "
-                f"({part.provenance.get('filters', 'none')})"
-            )
-    table = merge(tables[0], *tables[1:]) if len(tables) > 1 else tables[0]
-    if cues is not None:
-        table = ConceptTable(table.concepts, table.provenance, cues)
-    console.print(f"{len(table)} concepts, fingerprint {table.fingerprint[:16]}")
-    earlier: set[str] = set()
-    for part in tables:
-        # one that was meant as new and has an old one's code is gone without a word otherwise
-        joined = [c.id for c in part if c.id in earlier or c.id not in table]
-        names = f": {', '.join(joined)}" if 0 < len(joined) <= 5 else ""
-        told = f", {len(joined)} joined to earlier ones by a code or an id{names}" if joined else ""
-        if cut := part.provenance.get("is_a_edges_dropped"):
-            told += f", {cut} is-a that close a circle left out"
-        if part.provenance["source"] == "csv":  # a word mistaken there; releases are read in parts
-            gone = sorted({p for c in part for p in c.parents if all(p not in t for t in tables)})
-            names = ", ".join(gone[:5]) + (f" and {len(gone) - 5} more" if len(gone) > 5 else "")
-            told += f", parents that are no id left out: {names}" if gone else ""
-        console.print(f"  {part.provenance.get('source')}: {len(part)} concepts{escape(told)}")
-        earlier.update(c.id for c in part)
-    if arguments.umls is not None:
-        known = {code for concept in tables[-1] for code in concept.mappings["umls"]}
-        asked = {code for part in tables[:-1] for c in part for code in c.mappings.get("umls", ())}
-        if lost := len(asked - known):
-            console.print(
-                f"  {lost} of {len(asked)} UMLS codes of the others are of no concept that was "
-                "read: retired without a successor, or left out by --types, --sources, --languages"
-            )
-    if table.provenance.get("licensed"):
-        console.print("  holds UMLS text: it is yours to use under your licence, not to hand on")
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    write_table(table, arguments.out, require_own=require_own)
-    console.print(f"{arguments.out}")
     return 0
 
 

@@ -27,6 +27,24 @@ def read_obo(path: str | Path, under: Collection[str] = ()) -> ConceptTable:
     Raises:  LexiconError naming file and line
     """
     path = Path(path)
+    terms = {i: t for i, t in _stanzas(path).items() if t.get("is_obsolete") != "true"}
+    for identifier, term in terms.items():
+        if not term.get("name"):
+            raise LexiconError(f"{path}, line {term['line']}: term {identifier} has no name")
+    if under:
+        if missing := sorted(set(under) - set(terms)):
+            raise LexiconError(f"{path}: no term {missing[0]} to take the terms below of")
+        terms = {i: terms[i] for i in _below(terms, under)}
+    concepts = [_obo_concept(identifier, term, terms) for identifier, term in terms.items()]
+    provenance = {"source": "obo", "sha256": {path.name: file_sha256(path)}}
+    return without_cycles(ConceptTable(concepts, provenance))
+
+
+def _stanzas(path: Path) -> dict[str, dict[str, Any]]:
+    """Id -> the tags of each [Term] that are read, and the line where it begins.
+
+    Raises:  LexiconError naming file and line
+    """
     terms: dict[str, dict[str, Any]] = {}
     term: dict[str, Any] | None = None
     has_header = False
@@ -44,44 +62,35 @@ def read_obo(path: str | Path, under: Collection[str] = ()) -> ConceptTable:
             tag, separator, value = line.partition(":")
             if not separator or " " in tag:
                 raise LexiconError(f"{path}, line {number}: expected 'tag: value' in a [Term]")
-            value = value.strip()
-            if tag in ("id", "name", "is_obsolete"):
-                value = _unescaped(_TAIL.sub("", value))
-            if tag == "id":
-                if value in terms:
-                    raise LexiconError(
-                        f"{path}, line {number}: id {value} occurs twice (first in the [Term] at "
-                        f"line {terms[value]['line']})"
-                    )
-                terms[value] = term
-                term["id"] = value
-            elif tag in ("name", "is_obsolete"):
-                term[tag] = value
-            elif tag == "def":
-                term[tag] = _quoted(path, number, value)[0]
-            elif tag == "synonym":
-                text, rest = _quoted(path, number, value)
-                if rest.startswith("EXACT"):
-                    term.setdefault("synonyms", []).append(text)
-            elif tag in ("is_a", "xref", "alt_id"):
-                term.setdefault(tag, []).append(re.split(r"[\s{!]", value, maxsplit=1)[0])
+            _read_tag(term, tag, value.strip(), path, number)
+            if tag != "id":
+                continue
+            if term["id"] in terms:
+                raise LexiconError(
+                    f"{path}, line {number}: id {term['id']} occurs twice (first in the [Term] at "
+                    f"line {terms[term['id']]['line']})"
+                )
+            terms[term["id"]] = term
     _require_id(path, term)
     if not has_header or not terms:
         raise LexiconError(
             f"{path}: not an OBO file: expected a format-version line and [Term] stanzas"
         )
-    kept = {i: t for i, t in terms.items() if t.get("is_obsolete") != "true"}
-    for identifier, term in kept.items():
-        if not term.get("name"):
-            raise LexiconError(f"{path}, line {term['line']}: term {identifier} has no name")
-    if under:
-        missing = sorted(set(under) - set(kept))
-        if missing:
-            raise LexiconError(f"{path}: no term {missing[0]} to take the terms below of")
-        kept = {i: kept[i] for i in _below(kept, under)}
-    concepts = [_obo_concept(identifier, term, kept) for identifier, term in kept.items()]
-    provenance = {"source": "obo", "sha256": {path.name: file_sha256(path)}}
-    return without_cycles(ConceptTable(concepts, provenance))
+    return terms
+
+
+def _read_tag(term: dict[str, Any], tag: str, value: str, path: Path, number: int) -> None:
+    """Add to a term what a line of it says, where it is of a tag that is read."""
+    if tag in ("id", "name", "is_obsolete"):
+        term[tag] = _unescaped(_TAIL.sub("", value))
+    elif tag == "def":
+        term[tag] = _quoted(path, number, value)[0]
+    elif tag == "synonym":
+        text, rest = _quoted(path, number, value)
+        if rest.startswith("EXACT"):
+            term.setdefault("synonyms", []).append(text)
+    elif tag in ("is_a", "xref", "alt_id"):
+        term.setdefault(tag, []).append(re.split(r"[\s{!]", value, maxsplit=1)[0])
 
 
 def _require_id(path: Path, term: dict[str, Any] | None) -> None:

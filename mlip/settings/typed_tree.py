@@ -168,8 +168,6 @@ def build(cls: Any, tree: Mapping[str, Any], path: str) -> Any:
 def _coerce(value: Any, kind: Any, key: str) -> Any:
     """`value` as the hinted type, or a ConfigError that names `key`."""
     origin, arguments = get_origin(kind), get_args(kind)
-    if kind in (int, float) and isinstance(value, int) and abs(value) > MOST_INT:
-        raise ConfigError(f"{key}: expected a number of up to 2^63 - 1, got {str(value):.20}...")
     if dataclasses.is_dataclass(kind):
         return build(kind, value, f"{key}.")
     if origin is Literal:
@@ -194,6 +192,13 @@ def _coerce(value: Any, kind: Any, key: str) -> Any:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{key}: expected a mapping, got {value!r}")
         return dict(value)
+    return _scalar(value, kind, key)
+
+
+def _scalar(value: Any, kind: type, key: str) -> Any:
+    """`value` as a number, a text or a bool, or a ConfigError that names `key`."""
+    if kind in (int, float) and isinstance(value, int) and abs(value) > MOST_INT:
+        raise ConfigError(f"{key}: expected a number of up to 2^63 - 1, got {str(value):.20}...")
     if kind is float and isinstance(value, str):
         # YAML 1.1 reads 1e-3 as text: the number is what every user means
         try:

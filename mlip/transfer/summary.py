@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mlip.dataloading.ledger import listed
@@ -38,51 +38,60 @@ def summary_lines(results: Mapping[str, Any]) -> list[str]:
         lines.append(told)
     if told := untrained_text(results["run"]):
         lines.append(told)
-    zero_shot = results["zero_shot"]
+    lines += _zero_shot_lines(results["zero_shot"])
+    lines += _retrieval_lines(results["retrieval"])
+    lines += _grounding_lines(results["grounding"])
+    return lines
+
+
+def _zero_shot_lines(zero_shot: Mapping[str, Any]) -> list[str]:
     if "reason" in zero_shot:
-        lines.append(f"zero-shot   n/a: {zero_shot['reason']}")
-    else:
-        lines.append(f"{'zero-shot AUROC':<26}" + "".join(f"{h:<20}" for h in HEADS))
-        for row in zero_shot["findings"]:
-            lines.append(f"  {row['name']:<23} " + "".join(f"{_text(row[h]):<20}" for h in HEADS))
-        macro = zero_shot["macro"]
-        mean = f"  {'mean':<24}" + "".join(f"{_text(macro[h]):<20}" for h in HEADS)
-        lines.append(f"{mean}{classes_text(macro['global'], 'findings')}")
-        means = (zero_shot.get("at_thresholds") or {}).get("macro", {})
-        for rate, title in RATE_TITLES.items() if means else ():
-            shown = "".join(f"{_text(means[h][rate]):<20}" for h in HEADS)
-            lines.append(f"{title:<26}{shown}")
-        for name in ("plain", "z_normalised") if "exclusive" in zero_shot else ():
-            of = zero_shot["exclusive"]
-            shown = "".join(f"{_text(of[h][name]):<20}" for h in HEADS)
-            lines.append(f"{'accuracy, ' + name:<26}{shown}")
-        if zero_shot.get("labels_without_concept"):
-            lines.append(
-                "not scored, no concept: " + ", ".join(zero_shot["labels_without_concept"])
-            )
-        lines += subgroup_lines(zero_shot.get("subgroups", ()))
-    retrieval = results["retrieval"]
-    if retrieval["scores"]:
-        chance = retrieval["chance"]["recall@10"]
-        lines.append(f"recall@10 of {retrieval['pool']} (chance {chance:.3f})")
-        for head, both in retrieval["scores"].items():
-            shown = "  ".join(
-                f"{direction.replace('_', ' ')} {_text(both[direction]['recall@10'])}"
-                for direction in both
-            )
-            lines.append(f"  {head:<24}{shown}")
-        for direction, row in (retrieval.get("by_class") or {}).items():
-            if direction == "reason" or "reason" in row:
-                continue
-            shown = "  ".join(
-                f"@{k} {_text(row[f'precision@{k}'])}{possible_text(row, k)}" for k in (5, 10, 100)
-            )
-            name = f"class precision {direction.replace('_', ' ')}"
-            lines.append(f"{name}: {shown}  chance {row['chance']:.3f}")
-        lines += subgroup_lines(retrieval.get("subgroups", ()), "retrieval ", "recall@10")
-    else:
-        lines.append("retrieval   n/a: fewer than two reports")
-    grounding = results["grounding"]
+        return [f"zero-shot   n/a: {zero_shot['reason']}"]
+
+    def of_heads(name: str, estimates: Iterable[Mapping[str, Any] | None]) -> str:
+        return f"{name:<26}" + "".join(f"{_text(estimate):<20}" for estimate in estimates)
+
+    lines = [f"{'zero-shot AUROC':<26}" + "".join(f"{h:<20}" for h in HEADS)]
+    lines += [of_heads(f"  {r['name']:<23} ", map(r.get, HEADS)) for r in zero_shot["findings"]]
+    macro = zero_shot["macro"]
+    lines.append(
+        of_heads("  mean", map(macro.get, HEADS)) + classes_text(macro["global"], "findings")
+    )
+    if means := (zero_shot.get("at_thresholds") or {}).get("macro"):
+        for rate, title in RATE_TITLES.items():
+            lines.append(of_heads(title, (means[head][rate] for head in HEADS)))
+    if of := zero_shot.get("exclusive"):
+        for name in ("plain", "z_normalised"):
+            lines.append(of_heads(f"accuracy, {name}", (of[head][name] for head in HEADS)))
+    if lacking := zero_shot.get("labels_without_concept"):
+        lines.append(f"not scored, no concept: {', '.join(lacking)}")
+    return lines + subgroup_lines(zero_shot.get("subgroups", ()))
+
+
+def _retrieval_lines(retrieval: Mapping[str, Any]) -> list[str]:
+    if not retrieval["scores"]:
+        return ["retrieval   n/a: fewer than two reports"]
+    chance = retrieval["chance"]["recall@10"]
+    lines = [f"recall@10 of {retrieval['pool']} (chance {chance:.3f})"]
+    for head, both in retrieval["scores"].items():
+        shown = "  ".join(
+            f"{direction.replace('_', ' ')} {_text(both[direction]['recall@10'])}"
+            for direction in both
+        )
+        lines.append(f"  {head:<24}{shown}")
+    for direction, row in (retrieval.get("by_class") or {}).items():
+        if direction == "reason" or "reason" in row:
+            continue
+        shown = "  ".join(
+            f"@{k} {_text(row[f'precision@{k}'])}{possible_text(row, k)}" for k in (5, 10, 100)
+        )
+        name = f"class precision {direction.replace('_', ' ')}"
+        lines.append(f"{name}: {shown}  chance {row['chance']:.3f}")
+    return lines + subgroup_lines(retrieval.get("subgroups", ()), "retrieval ", "recall@10")
+
+
+def _grounding_lines(grounding: Mapping[str, Any]) -> list[str]:
+    lines = []
     if "reason" in grounding:
         lines.append(f"grounding   n/a: {grounding['reason']}")
     for kind, table in grounding.items():

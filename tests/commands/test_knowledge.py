@@ -186,7 +186,7 @@ def test_a_file_that_appears_while_a_table_is_built_stays(tmp_path, capsys, monk
         out.write_text("another's")
         return read_csv(path)
 
-    monkeypatch.setattr("mlip.commands.knowledge.read_csv", and_a_file_appears)
+    monkeypatch.setattr("mlip.commands.knowledge_build.read_csv", and_a_file_appears)
     assert call("build", "--csv", str(own), "--out", str(out)) == 2
     told, said = capsys.readouterr()
     assert "  csv: 1 concepts\n" in told and str(out) not in told  # counts as otherwise

@@ -4,6 +4,7 @@ Oracles: tarfile for the format, direct decoding for the pixels, the parsed path
 """
 
 import hashlib
+import io
 import os
 import resource
 import socket
@@ -145,6 +146,9 @@ def test_reading_says_what_is_wrong_with_a_reference(built_shards, tmp_path):
         ("shards/none.tar#512+10", "missing"),
         (f"{shard}#{size - 4}+10", "truncated"),
         (f"{shard}#512+{1 << 30}", "too_large"),
+        (f"{shard}#512+10", "not_in_place"),
+        (f"{shard}#0+10", "not_in_place"),
+        (f"{shard}#700+10", "not_in_place"),
         ("plain.png", "unsupported"),
     ):
         with pytest.raises(BadSample) as caught:
@@ -158,6 +162,41 @@ def test_reading_says_what_is_wrong_with_a_reference(built_shards, tmp_path):
         read_bytes(str(tmp_path), "folder.tar#0+10")
     with pytest.raises(DataError, match="gone"):
         read_bytes(str(tmp_path / "gone"), "a.tar#0+10")
+
+
+def test_a_shard_made_anew_before_its_first_read_is_not_read_at_the_places_of_before(tmp_path):
+    contents = [bytes([i]) * (3000 + 700 * i) for i in range(6)]
+
+    def write(order: list[int]) -> dict[int, str]:
+        with synced_file(tmp_path / "a.tar") as file:
+            writer = ShardWriter(file)
+            members = {i: writer.add(f"{i}.bin", contents[i]) for i in order}
+            writer.finish()
+        return {i: f"a.tar#{m.offset}+{m.size}" for i, m in members.items()}
+
+    before = write([0, 1, 2, 3, 4, 5])
+    now = write([0, 3, 1, 5, 4])
+    assert read_bytes(str(tmp_path), before[0]) == contents[0]  # where it was
+    for i in range(1, 5):
+        with pytest.raises(BadSample, match="not_in_place"):
+            read_bytes(str(tmp_path), before[i])
+    assert all(read_bytes(str(tmp_path), place) == contents[i] for i, place in now.items())
+    with pytest.raises(BadSample, match="truncated"):
+        read_bytes(str(tmp_path), before[5])
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_members_of_tars_that_others_wrote_are_read(tmp_path, form):
+    names = ["a.jpg", "b" * 120 + ".jpg", "\u00e9.jpg"]
+    with tarfile.open(tmp_path / "theirs.tar", "w", format=form) as archive:
+        for i, name in enumerate(names[:1] if form == tarfile.USTAR_FORMAT else names):
+            member = tarfile.TarInfo(name)
+            member.size = 1000 + i
+            archive.addfile(member, io.BytesIO(bytes([i]) * member.size))
+    with tarfile.open(tmp_path / "theirs.tar") as archive:
+        for i, member in enumerate(archive):
+            reference = f"theirs.tar#{member.offset_data}+{member.size}"
+            assert read_bytes(str(tmp_path), reference) == bytes([i]) * (1000 + i)
 
 
 def test_threads_share_few_descriptors_and_read_the_right_bytes(tmp_path, monkeypatch):
@@ -203,5 +242,5 @@ def test_shards_stay_open_as_far_as_the_limit_of_files_goes(monkeypatch, tmp_pat
     for name in names:
         (tmp_path / name).write_bytes(b"x")
     for name in names * 2:
-        assert descriptors.read((1, str(tmp_path), name), 0, 1) == b"x"
+        assert descriptors.read((1, str(tmp_path), name), 0, 1) == (b"", b"x")
     assert len(opened) == len(names)

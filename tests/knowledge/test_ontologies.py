@@ -66,6 +66,7 @@ def test_an_obo_file_gives_terms_synonyms_definitions_and_parents(tmp_path):
         ("name: blue chest sign", "name blue chest sign", r"small\.obo, line 13"),
         ('def: "A sign', "def: A sign", "line 6: expected a text in double quotes"),
         ("id: XX:2", "id: XX:1", "line 12: id XX:1 occurs twice"),
+        ("name: chest sign", "name: chest sign\nid: XX:1", "line 6: id XX:1 occurs twice"),
         ("name: chest sign", "comment: none", "XX:1 has no name"),
         ("format-version: 1.2", "", "not an OBO file"),
     ],

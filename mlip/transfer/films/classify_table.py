@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,17 +55,7 @@ def write_classification(
     """
     findings = [prompt.finding for prompt in question.prompts]
     decided = [f for f in findings if question.thresholds.get(f) is not None]
-    columns = [*findings, *(f"{finding}{_CALLED}" for finding in decided)]
-    if clash := sorted({name for name in columns if columns.count(name) > 1}):
-        raise QuestionError(f"finding {clash[0]!r}: its column would stand twice; rename it")
-    if taken := sorted({"row_index", "reason"} & set(findings)):
-        raise QuestionError(f"finding {taken[0]!r} is a column of the table: rename it")
-    # another sign in front would make it another name than the one that was asked
-    if formulas := [name for name in findings if begins_as_formula(name)]:
-        raise QuestionError(
-            f"finding {formulas[0]!r}: a spreadsheet would run a column of that name as a formula: "
-            "begin it with a letter"
-        )
+    columns = _columns(findings, decided)
     texts = encode_question(opened, question)
     lines: dict[int, list[object]] = {}
     counts = dict.fromkeys(decided, 0)
@@ -78,19 +68,45 @@ def write_classification(
         yes = np.stack([answers[f] for f in decided], axis=1) if decided else values[:, :0]
         for row, own, said in zip(bank.row_index, values, yes, strict=True):
             lines[int(row)] = [*(f"{value:.6g}" for value in own), *map(int, said)]
-    told = [
+    say(
         f"{len(lines)} images, {len(findings)} findings by the {head} score (high = there; no "
-        "probability)",
-        *(f"  {f}: {n} called (threshold {question.thresholds[f]:.6g})" for f, n in counts.items()),
-        *(
-            f"  {f}: no threshold: {why}"
-            for f in findings
-            for why in ("val cannot tell" if f in question.thresholds else "the results name none",)
-            if question.thresholds and f not in decided
-        ),
-        *([f"  no thresholds ({question.no_thresholds})"] if question.no_thresholds else []),
-    ]
-    for line in told:
-        say(line)
+        "probability)"
+    )
+    for line in _told_of_thresholds(question, findings, counts):
+        say(f"  {line}")
     write_row_table(out, columns, lines, images.bad, require_own=require_own_file)
     say(f"{out}: {len(lines) + len(images.bad)} rows{unread(images.bad)}")
+
+
+def _columns(findings: list[str], decided: list[str]) -> list[str]:
+    """The table's columns between row_index and reason.
+
+    Raises:  QuestionError where one would stand twice, or would be run as a formula
+    """
+    columns = [*findings, *(f"{finding}{_CALLED}" for finding in decided)]
+    if clash := sorted({name for name in columns if columns.count(name) > 1}):
+        raise QuestionError(f"finding {clash[0]!r}: its column would stand twice; rename it")
+    if taken := sorted({"row_index", "reason"} & set(findings)):
+        raise QuestionError(f"finding {taken[0]!r} is a column of the table: rename it")
+    # another sign in front would make it another name than the one that was asked
+    if formulas := [name for name in findings if begins_as_formula(name)]:
+        raise QuestionError(
+            f"finding {formulas[0]!r}: a spreadsheet would run a column of that name as a formula: "
+            "begin it with a letter"
+        )
+    return columns
+
+
+def _told_of_thresholds(
+    question: Question, findings: list[str], counts: dict[str, int]
+) -> Iterator[str]:
+    """How many images each threshold calls, and which findings have none, and why."""
+    for finding, count in counts.items():
+        yield f"{finding}: {count} called (threshold {question.thresholds[finding]:.6g})"
+    if question.thresholds:
+        for finding in (f for f in findings if f not in counts):
+            is_asked = finding in question.thresholds
+            why = "val cannot tell" if is_asked else "the results name none"
+            yield f"{finding}: no threshold: {why}"
+    if question.no_thresholds:
+        yield f"no thresholds ({question.no_thresholds})"
