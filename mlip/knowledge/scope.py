@@ -81,6 +81,7 @@ def resolve(events: list[Event], decide: bool, stop: int, words: list[str]) -> l
         pieces = [events[i : i + _MAX_EVENTS] for i in range(0, len(events), _MAX_EVENTS)]
         return [mention for piece in pieces for mention in resolve(piece, decide, stop, words)]
     scope = _Scope(events, stop, words)
+    found = scope.found
     for i, (start, _, entry) in enumerate(events):
         if entry.subject_side < 0 and entry.subject is not None and is_range(events, i):
             # "the heart is normal to mildly enlarged" states no more of it than its name
@@ -91,25 +92,33 @@ def resolve(events: list[Event], decide: bool, stop: int, words: list[str]) -> l
             scope.hear(i, flags)
         if flags & _NORMAL:
             scope.state_normal(i)
-        if flags & TERM:
-            scope.find(i, flags)
+        if flags & TERM and not (flags & _FAULT and right_before(events, i) & _DEVICE):
+            if flags & _STATEMENT:
+                # "no acute disease, effusion or edema" denies the rest of its list too
+                goes_on = flags & _NEG and right_behind(events, i) & _LISTS
+                scope.reach(ABSENT if goes_on else PRESENT, single=True)
+            state = PRESENT if flags & FIXED else scope.state
+            found.append((start, events[i][1], entry.concept, i, state))
         if entry.parts:
             scope.join_parts(i)
     if scope.asides:
-        judge_asides(scope.asides, events, scope.found, words)
+        judge_asides(scope.asides, events, found, words)
     if scope.choices:
-        leave_open(scope.choices, events, scope.found, words)
-    return scope.found + scope.normal if scope.normal else scope.found
+        leave_open(scope.choices, events, found, words)
+    return found + scope.normal if scope.normal else found
 
 
 class _Scope:
     """A sentence up to one of its events: what the cues so far say of the next term, and what was
     found. Each cue acts by one rule, the first of _RULES for one of its kinds."""
 
-    __slots__ = (
-        *("events", "stop", "words", "found", "normal", "choices", "asides", "parts"),
-        *("state", "since", "closed", "single", "listing", "leads", "that"),
-    )
+    state: State = PRESENT
+    since = 0  # entries of found when the cue came
+    closed = False  # a verb came after a term since the cue: the next comma ends its reach
+    single = False  # the negation reaches one term, not a list
+    listing = False  # the hedge reaches over a list of commas
+    leads = False  # a sign speaks of what follows, as the first one of the sentence did
+    that = False  # the negation is of a clause: "no evidence that ..."
 
     def __init__(self, events: list[Event], stop: int, words: list[str]) -> None:
         self.events, self.stop, self.words = events, stop, words
@@ -119,13 +128,6 @@ class _Scope:
         # events of "rather than" and the like, state there
         self.asides: list[tuple[int, State]] = []
         self.parts: dict[int, tuple[int, int]] = {}  # first and last piece of what fills a slot
-        self.state: State = PRESENT
-        self.since = 0  # entries of found when the cue came
-        self.closed = False  # a verb came after a term since the cue: the next comma ends its reach
-        self.single = False  # the negation reaches one term, not a list
-        self.listing = False  # the hedge reaches over a list of commas
-        self.leads = False  # a sign speaks of what follows, as the first one of the sentence did
-        self.that = False  # the negation is of a clause: "no evidence that ..."
 
     def hear(self, i: int, flags: int) -> None:
         """The cue of event i: whether it ends the reach of the one before, then what it says."""
@@ -156,17 +158,9 @@ class _Scope:
             self._end()
             self.parts.clear()
 
-    def find(self, i: int, flags: int) -> None:
-        """The term of event i, in the state that holds here."""
-        if flags & _FAULT and right_before(self.events, i) & _DEVICE:
-            return
-        if flags & _STATEMENT:
-            # "no acute disease, effusion or edema" denies the rest of its list too
-            goes_on = flags & _NEG and right_behind(self.events, i) & _LISTS
-            self._reach(ABSENT if goes_on else PRESENT, single=True)
-        start, end, entry = self.events[i]
-        state = PRESENT if flags & FIXED else self.state
-        self.found.append((start, end, entry.concept, i, state))
+    def reach(self, state: State, single: bool = False) -> None:
+        """From here on `state` holds."""
+        self.state, self.closed, self.single = state, False, single
 
     def join_parts(self, i: int) -> None:
         """The terms written apart of which event i is the last part to come."""
@@ -183,13 +177,9 @@ class _Scope:
                 self.found.append((first[0], last[1], row, i, self.state))
                 del self.parts[last_slot]
 
-    def _reach(self, state: State, single: bool = False) -> None:
-        """From here on `state` holds."""
-        self.state, self.closed, self.single = state, False, single
-
     def _begin(self, state: State, single: bool = False) -> None:
         """From here on `state` holds, and a verb closes it only behind a term yet to come."""
-        self._reach(state, single)
+        self.reach(state, single)
         self.since = len(self.found)
 
     def _end(self) -> None:
@@ -231,7 +221,7 @@ class _Scope:
         self.listing = flags & _UNC_LIST != 0
         is_apart = i and self.events[i - 1][2].flags & (_COMMA | _AND | _PAST)
         if self.state != ABSENT or is_apart:
-            self._reach(UNCERTAIN)
+            self.reach(UNCERTAIN)
 
     def _supposing(self, i: int, flags: int) -> None:
         if self.state != ABSENT and not suppose(self.events, i, self.found, self.stop):
@@ -256,7 +246,7 @@ class _Scope:
             self._look_back(i, UNCERTAIN, flags & _DOUBT_ONE)
             self.closed = True
         elif self.state != ABSENT:
-            self._reach(UNCERTAIN)
+            self.reach(UNCERTAIN)
 
     def _removal(self, i: int, flags: int) -> None:
         give_device(self.events, i, self.found, ABSENT)
@@ -285,13 +275,13 @@ class _Scope:
             if self.events[self.found[-1][3]][2].flags & _OPEN:
                 self.found[-1] = (*self.found[-1][:4], UNCERTAIN)
         if self.state == PRESENT:
-            self._reach(UNCERTAIN)
+            self.reach(UNCERTAIN)
 
     def _question(self, i: int, flags: int) -> None:
         if self.found and not leads_on(self.words, self.events[i][0]):
             self._look_back(i, UNCERTAIN)
         else:
-            self._reach(UNCERTAIN)
+            self.reach(UNCERTAIN)
 
     def _verb(self, i: int, flags: int) -> None:
         if flags & _CHANGE and self.that and self.state == ABSENT:
