@@ -49,7 +49,7 @@ from mlip.saved.transformers_folders import write_towers
 from mlip.saved.weights import PretrainedError
 from mlip.settings import config as configuration
 from mlip.settings.config import Config
-from mlip.system.output_file import only_writer, sync_all
+from mlip.system.output_file import only_writer, require_renames, sync_all
 from mlip.transfer.fingerprint import hash_of, hash_of_vocabulary, hash_of_weights, preprocessing
 
 __all__ = ["open_checkpoint", "from_pretrained", "save_pretrained", "Pretrained", "PretrainedError"]
@@ -80,11 +80,13 @@ def save_pretrained(
     transformers      write both towers as folders of transformers too
                       (mlip.saved.transformers_folders)
     Raises:  PretrainedError if the folder exists and holds something else; ConfigError where
-             another process writes it; see write_onnx and write_towers
+             another process writes it, or a mounted bucket would lose it; see write_onnx and
+             write_towers
     """
     folder = Path(folder).resolve()  # a link stays, what it leads to is written
     require_free(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    require_renames(folder.parent)
     with only_writer(folder.with_name(f".{folder.name}.lock"), folder):
         partial, previous = (
             folder.with_name(f".{folder.name}.{x}") for x in ("partial", "previous")

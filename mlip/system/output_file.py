@@ -22,6 +22,7 @@ from mlip.settings.typed_tree import ConfigError
 from mlip.system.folder_lock import is_alive, lock, open_lock, open_own
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+_RENAMES_TRIED = 3  # in some of rclone's modes every second one goes well
 _REFUSED = {
     *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR),
     *(errno.EEXIST, errno.EBUSY, errno.ENAMETOOLONG, errno.ELOOP),
@@ -36,12 +37,17 @@ def require_writable(folder: Path) -> Path:
     """The folder, tried out before the work: after hours is too late to find out.
 
     One that is not there yet is not made, its parent is tried: a mistake leaves nothing behind.
+    A byte is written and read again: a full disk takes names, a mounted bucket (rclone without a
+    cache) loses results.
     Raises:  ConfigError naming the folder and the reason.
     """
     try:
         there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-        with tempfile.TemporaryFile(dir=there):
-            return folder
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(b"x")
+            file.seek(0)
+            file.read()
+        return folder
     except OSError as error:
         raise ConfigError(
             f"{folder}: cannot be written to: {error.strerror}; name another place with --out"
@@ -106,6 +112,34 @@ def sync_all(folder: Path) -> None:
     """`sync` of all that a folder holds, and of itself: to be renamed to what others trust."""
     for path in (*folder.rglob("*"), folder):
         sync(path)
+
+
+def require_renames(folder: Path) -> None:
+    """Tries in a folder what checkpoints and exports need: that another one, written and synced
+    there, keeps its files when it is renamed.
+
+    A bucket mounted by rclone refuses that, or loses the files for seconds or for good.
+    Raises:  ConfigError that says so; OSError where nothing can be written
+    """
+    own = tempfile.TemporaryDirectory(prefix=".renames-", dir=folder, ignore_cleanup_errors=True)
+    with own as place:
+        for number in range(_RENAMES_TRIED):
+            written, renamed = Path(place, f"{number}-written"), Path(place, f"{number}-renamed")
+            try:
+                written.mkdir()
+                (written / "file").write_bytes(b"whole")
+                sync(written / "file")
+                written.rename(renamed)
+                is_whole = (renamed / "file").read_bytes() == b"whole"
+            except OSError as error:
+                if error.errno in _FULL | _REFUSED:
+                    raise
+                is_whole = False
+            if not is_whole:
+                raise ConfigError(
+                    f"{folder}: cannot be written to: a folder that is renamed in it loses its "
+                    "files, as in a mounted bucket; name a folder on a disk, and copy it at the end"
+                )
 
 
 def file_sha256(path: Path) -> str:

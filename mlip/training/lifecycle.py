@@ -16,7 +16,6 @@ import re
 import secrets
 import socket
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -30,7 +29,7 @@ from mlip.settings.config import ConfigError
 from mlip.settings.config_file import CHECKPOINTS
 from mlip.system.folder_lock import is_seen, lock, open_lock
 from mlip.system.machine import limit_reached
-from mlip.system.output_file import new_file, open_to_append, refusal
+from mlip.system.output_file import new_file, open_to_append, refusal, require_renames
 from mlip.system.unread_output import one_line, unread_output_is_lost
 from mlip.training import presence
 
@@ -272,13 +271,15 @@ def locked_folder(folder: Path, timeout_s: float = 300.0) -> Iterator[None]:
             os.fsync(descriptor)  # other nodes read it while it is open here
             for lines in filter(os.path.lexists, (folder / name for name in _OF_LINES)):
                 os.close(open_to_append(lines))
-            _try_checkpoints(folder / CHECKPOINTS)
+            _try_checkpoints(folder)
         except BlockingIOError:
             owner = os.read(descriptor, 200).decode(errors="replace").split("\n")[0]
             kind = FolderInUse
             problem = f"run.dir={folder} is in use by another job ({owner}); choose another run.dir"
         except OSError as error:
             problem = f"run.dir={folder} cannot be written: {error.strerror}{_foreign(folder)}"
+        except ConfigError as error:
+            problem = f"run.dir={error}"
     global _job
     kind, problem, mark = distributed.broadcast_object((kind, problem, mark))
     _job = mark
@@ -292,19 +293,21 @@ def locked_folder(folder: Path, timeout_s: float = 300.0) -> Iterator[None]:
             os.close(descriptor)
 
 
-def _try_checkpoints(folder: Path) -> None:
-    """Raises:  OSError where what stands there takes no file.
+def _try_checkpoints(run_dir: Path) -> None:
+    """Raises:  OSError, ConfigError where their folder, or what is to hold it, takes none.
 
     A link to a disk that is not mounted looks like a run that has saved nothing: it would begin
     anew, and lose at its first save what it has trained.
     """
-    if os.path.lexists(folder):
-        try:
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            reason = f"its {folder.name} takes no file: {error.strerror}"
-            raise OSError(error.errno, reason, str(folder)) from None
+    folder = run_dir / CHECKPOINTS
+    if not os.path.lexists(folder):
+        require_renames(run_dir)
+        return
+    try:
+        require_renames(folder)
+    except OSError as error:
+        reason = f"its {folder.name} takes no file: {error.strerror}"
+        raise OSError(error.errno, reason, str(folder)) from None
 
 
 def _require_one_folder(folder: Path, mark: str, timeout_s: float) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import resource
 import socket
@@ -26,6 +27,7 @@ from mlip.dataloading.shards import synced_file
 from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.vectors import knowledge_vectors
 from mlip.pages.page import write_page
+from mlip.pretrained import save_pretrained
 from mlip.settings.config import Knowledge
 from mlip.settings.typed_tree import ConfigError
 from mlip.system import output_file
@@ -34,6 +36,7 @@ from mlip.system.output_file import (
     new_file,
     only_writer,
     refusal,
+    require_renames,
     require_writable,
     whole_file,
 )
@@ -460,3 +463,55 @@ def test_a_limit_of_the_account_is_one_line_too(
     assert main(["phantoms", "--out", str(tmp_path / "p")]) == 2
     said = capsys.readouterr().err
     assert said.startswith("mlip phantoms: ") and told in said and said.count("\n") == 1
+
+
+def _as_in_a_bucket(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders renamed as rclone's mounts do it, by cache mode: seen with version 1.60."""
+    rename = Path.rename
+    calls = itertools.count()
+
+    def renamed(path: Path, target: Path) -> Path:
+        if kind == "refused":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        moved = rename(path, target)
+        if kind == "every third is lost" and next(calls) % 3 < 2:
+            return moved
+        for file in moved.iterdir():
+            file.write_bytes(b"") if kind == "emptied" else file.unlink()
+        return moved
+
+    monkeypatch.setattr(Path, "rename", renamed)
+
+
+@pytest.mark.parametrize("kind", ["refused", "emptied", "gone", "every third is lost"])
+def test_a_mounted_bucket_that_loses_renamed_folders_is_found_before_the_work(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training of days had lost every checkpoint, and said so at its end."""
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    run = small_run()
+    _as_in_a_bucket(kind, monkeypatch)
+    told = "cannot be written to: a folder that is renamed in it loses its files"
+    for folder in (tmp_path / "run", tmp_path / "new"):
+        with pytest.raises(ConfigError, match=f"^run.dir={folder}.*: {told}"):
+            with locked_folder(folder):
+                raise AssertionError("trains")
+    with pytest.raises(ConfigError, match=told):
+        save_pretrained(tmp_path / "model", run.model, run.config, run.tokenizer, run.table)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert left == {"run", "run/checkpoints", "run/lock", "new", "new/lock"}
+
+
+def test_where_folders_keep_their_files_the_trial_leaves_nothing(tmp_path: Path) -> None:
+    require_renames(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_no_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        require_renames(tmp_path)
+    assert not list(tmp_path.iterdir())
