@@ -174,7 +174,7 @@ class Annotations:
     def _boxes_of_cell(self, row: int) -> list[DrawnBox]:
         try:
             return [_box_of(entry) for entry in json.loads(self._text("boxes", row) or "[]")]
-        except (ValueError, TypeError, LookupError, RecursionError):
+        except (ValueError, TypeError, LookupError, RecursionError, OverflowError):
             raise ManifestError(
                 f"{self.manifest.path}: data row {row + 1}: boxes: expected JSON "
                 "[[x, y, width, height, class], ...], behind the class its phrase where it has "
@@ -360,7 +360,7 @@ def _check_names(column: pa.ChunkedArray | None, setting: str, path: str) -> Non
 
 
 def _box_of(entry: Any) -> DrawnBox:
-    """Raises:  ValueError, TypeError or LookupError for another entry of a cell."""
+    """Raises:  ValueError, TypeError, LookupError or OverflowError for another entry of a cell."""
     x, y, w, h = map(float, entry[:4])
     return DrawnBox(str(entry[4]), "", (x, y, w, h), _phrase(*entry[5:6]))
 
