@@ -143,23 +143,22 @@ def _card(
     if not estimate or estimate.get("value") is None:
         reason = (estimate or {}).get("reason") or ""
         return {"label": label, "value": "", "range": reason, "scale": ""}
-    text = f"{estimate['value']:.{digits}f}{suffix}"
-    bounds = ""
+    notes = []
     if estimate.get("low") is not None:
-        bounds = f"{estimate['low']:.{digits}f} to {estimate['high']:.{digits}f}"
+        notes.append(f"{estimate['low']:.{digits}f} to {estimate['high']:.{digits}f}")
     elif estimate.get("reason"):
-        bounds = f"no interval: {estimate['reason']}"
+        notes.append(f"no interval: {estimate['reason']}")
     if estimate["n"] < ENOUGH:
-        bounds += f"{'; ' if bounds else ''}n = {estimate['n']}"
+        notes.append(f"n = {estimate['n']}")
     if chance is not None:
-        bounds += f"{'; ' if bounds else ''}{chance_label} {chance:.{digits}f}"
+        notes.append(f"{chance_label} {chance:.{digits}f}")
     marks = [Mark(estimate["value"], estimate.get("low"), estimate.get("high"), BLUE, "dot", label)]
     if chance is not None:
         marks.insert(0, Mark(chance, colour=MUTED, shape="tick", label=chance_label))
     return {
         "label": label,
-        "value": text,
-        "range": bounds,
+        "value": f"{estimate['value']:.{digits}f}{suffix}",
+        "range": "; ".join(notes),
         "scale": scale_marks([marks], low=low, high=high, width=220, grid=(low, high)),
     }
 

@@ -115,14 +115,15 @@ def _meta(results: Mapping[str, Any]) -> list[str]:
 
 def _card(fraction: Mapping[str, Any]) -> dict[str, Any]:
     name, estimate = headline_of(fraction["scores"])
+    value, beside = None, estimate["reason"]
+    if estimate["value"] is not None:
+        value, beside = f"{estimate['value']:.3f}", ""
+        if estimate["low"] is not None:
+            beside = f"{estimate['low']:.3f} to {estimate['high']:.3f}"
     return {
         "label": f"{name}, {fraction['percent']:g}\N{NO-BREAK SPACE}% of the labels",
-        "value": None if estimate["value"] is None else f"{estimate['value']:.3f}",
-        "range": estimate["reason"]
-        if estimate["value"] is None
-        else ""
-        if estimate["low"] is None
-        else f"{estimate['low']:.3f} to {estimate['high']:.3f}",
+        "value": value,
+        "range": beside,
         "scale": _drawing(estimate),
     }
 
