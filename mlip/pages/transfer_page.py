@@ -54,6 +54,9 @@ def write_transfer_page(folder: Path, results: Mapping[str, Any]) -> Path:
 def render_transfer(results: Mapping[str, Any]) -> str:
     task, last = results["task"], results["fractions"][-1]
     test = results["data"]["splits"]["test"]
+    by_group = last["scores"]["headline"].rpartition(".")[2]
+    if task["name"] == "classification":
+        by_group = "auroc"  # accuracy moves with how common a class is in a group
     context = {
         "title": results["run"]["name"],
         "meta": _meta(results),
@@ -69,10 +72,7 @@ def render_transfer(results: Mapping[str, Any]) -> str:
         "subgroups": subgroup_context(
             last["scores"].get("subgroups") or [],
             SUBGROUP_SCORES,
-            # accuracy moves with how common a class is in a group
-            "auroc"
-            if task["name"] == "classification"
-            else last["scores"]["headline"].rpartition(".")[2],
+            by_group,
         ),
         "curves": _curves(last["scores"]),
         "confusions": _confusions(last["scores"], task["classes"]),
