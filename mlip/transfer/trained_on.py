@@ -8,7 +8,7 @@ evaluate.trained_on.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from mlip.transfer.array import Array
 
 _TRAIN = SPLITS.index("train")
 _SETTING = "evaluate.trained_on=MANIFEST"
+_UNTOLD = f"the checkpoint does not say what it was trained on ({_SETTING})"
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,9 @@ def _tables(
         tables[keys.fingerprint], paths[keys.fingerprint] = keys, Path(name)
     unknown = None
     for training in trainings:
-        if training.manifest is None:
-            unknown = unknown or _not_kept(tables)
+        if training.manifest is None:  # no hash was kept: what the user names is all there is
+            if not tables:
+                unknown = unknown or _UNTOLD
             continue
         # one that is named is read as the training read it: its splits may be those of hashes
         found = _still_there(training, paths.get(training.manifest, Path(training.data.manifest)))
@@ -159,11 +161,6 @@ def _tables(
     if any(t.goes_on for t in trainings) and tables.keys() <= {t.manifest for t in trainings}:
         unknown = unknown or f"its image tower began with trained weights ({_SETTING})"
     return tables, unknown
-
-
-def _not_kept(tables: Mapping[str, FilmKeys]) -> str | None:
-    """Of a training that kept no hash: what the user names is all that there is to go by."""
-    return None if tables else f"the checkpoint does not say what it was trained on ({_SETTING})"
 
 
 def _scored(manifest: Manifest, columns: Columns) -> FilmKeys | None:
