@@ -121,38 +121,16 @@ def run_export(options: argparse.Namespace) -> int:
 
 
 def run_settings(options: argparse.Namespace) -> int:
-    from mlip.settings.config import Config, assemble, read
-    from mlip.settings.config_file import OF_A_RUN, OF_AN_EXPORT
+    from mlip.settings.config import assemble, read
     from mlip.settings.reference import find, sections
-    from mlip.settings.text import TITLE, block, listing, page, values
+    from mlip.settings.text import block, listing, values
 
-    def stands_for_settings(path: str) -> bool:
-        held = [os.path.join(path, name) for name in (OF_A_RUN, OF_AN_EXPORT)]
-        # the folder data is not what `mlip settings --config FILE data` asks about
-        is_section = path in all_keys(Config) and os.path.isdir(path)
-        return any(map(os.path.isfile, held)) if is_section else os.path.exists(path)
-
-    # --config takes all that follows it; files may also stand where other commands take them
-    given = [*options.config, *options.terms]
-    if "" in given:  # "$WORD" where WORD is not set
-        raise ConfigError("a word is empty: expected a word, a name, key=value, or nothing for all")
-    words = [
-        item
-        for item in given
-        if not ("=" in item or "/" in item or item.endswith((".yaml", ".yml")))
-        and not (item in options.config and stands_for_settings(item))
-    ]
-    files, overrides = sort_items([item for item in given if item not in words])
+    words, files, overrides = _sort_terms(options)
     if options.out:
         if words or files or overrides:
             raise ConfigError("--out writes a page of all settings: leave out words and values")
         out = Path(options.out)
-        require_writable(out.absolute().parent)
-        is_ours = begins_with(out, f"{TITLE}\n")
-        require_replaceable(out, "--out", "page of mlip settings", is_ours=is_ours)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(out) as partial:
-            partial.write_text(page(sections()), encoding="utf-8")
+        _write_settings(out)
         print(out)
         return 0
     if not (words or files or overrides):
@@ -163,6 +141,46 @@ def run_settings(options: argparse.Namespace) -> int:
     lines = [line for s in find(words) for line in block(s, come_to.get(s.name))]
     print(terminal_text(lines))
     return 0
+
+
+def _sort_terms(options: argparse.Namespace) -> tuple[list[str], list[str], list[str]]:
+    """(words, files, overrides) that `mlip settings` was given.
+
+    --config takes all that follows it; files may also stand where other commands take them.
+    """
+    given = [*options.config, *options.terms]
+    if "" in given:  # "$WORD" where WORD is not set
+        raise ConfigError("a word is empty: expected a word, a name, key=value, or nothing for all")
+    words = [
+        item
+        for item in given
+        if not ("=" in item or "/" in item or item.endswith((".yaml", ".yml")))
+        and not (item in options.config and _stands_for_settings(item))
+    ]
+    return (words, *sort_items([item for item in given if item not in words]))
+
+
+def _stands_for_settings(path: str) -> bool:
+    from mlip.settings.config import Config
+    from mlip.settings.config_file import OF_A_RUN, OF_AN_EXPORT
+
+    held = [os.path.join(path, name) for name in (OF_A_RUN, OF_AN_EXPORT)]
+    # the folder data is not what `mlip settings --config FILE data` asks about
+    is_section = path in all_keys(Config) and os.path.isdir(path)
+    return any(map(os.path.isfile, held)) if is_section else os.path.exists(path)
+
+
+def _write_settings(out: Path) -> None:
+    """The page of all settings."""
+    from mlip.settings.reference import sections
+    from mlip.settings.text import TITLE, page
+
+    require_writable(out.absolute().parent)
+    is_ours = begins_with(out, f"{TITLE}\n")
+    require_replaceable(out, "--out", "page of mlip settings", is_ours=is_ours)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(out) as partial:
+        partial.write_text(page(sections()), encoding="utf-8")
 
 
 def run_doctor(options: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlip.commands.inputs import (
     keep_memory,
@@ -22,6 +22,10 @@ from mlip.commands.inputs import (
 from mlip.settings.typed_tree import ConfigError
 from mlip.system.output_file import KeptBesideError, refusal, require_writable
 from mlip.system.unread_output import terminal_text
+
+if TYPE_CHECKING:
+    from mlip.settings.given import Given
+    from mlip.transfer.films.archive import Archive
 
 
 def run_ground(options: argparse.Namespace) -> int:
@@ -91,45 +95,21 @@ def run_embed(options: argparse.Namespace) -> int:
 
 
 def run_search(options: argparse.Namespace) -> int:
-    from mlip.pages.search_page import require_own_page, write_search_page
     from mlip.transfer.films import search_table
     from mlip.transfer.films.archive import Archive
-    from mlip.transfer.films.row_table import unread
-    from mlip.transfer.films.search import ask, require_same_model
-    from mlip.transfer.trained_heads import require_local
+    from mlip.transfer.films.search import ask
 
     given = read_given(options.settings).asked_by(
         "mlip search --finding" if options.finding else "mlip search"
     )
-    config, device = given.config, pick_device(options.device)
+    device = pick_device(options.device)
     keep_memory(device)
     archive = Archive(options.embeddings)
-    out, page = Path(options.out), Path(options.page) if options.page else None
-    for path in (out, *([page] if page else [])):
-        require_writable(path.absolute().parent)
-    search_table.require_own_file(out)
-    if page and page.resolve() == out.resolve():
-        raise ConfigError(f"--page {page}: is --out too, which it would replace: name two files")
-    if page:
-        require_own_page(page)
+    out, page = _search_files(options)
     _check_search(options)
-    opened: Any = None
-    manifest: Any = None
-    groups = None
-    if page or options.rerank or options.per_patient:
-        opened, manifest = open_for_films(
-            given, device, by_patient=options.per_patient, by_split=False
-        )
-        search_table.require_same_rows(archive, manifest, config.data.columns.image)
-        groups = search_table.patients_of(manifest) if options.per_patient else None
-    elif options.phrase or options.finding or options.wordings or options.image:
-        opened = open_trained(given, device)
-    if opened is not None:
-        require_same_model(archive, opened)
-        if options.rerank:
-            require_local(opened, f"--rerank {options.rerank} (leave it out)")
+    opened, manifest = _open_search(options, given, device, archive)
     queries = ask(
-        *(archive, opened, config.evaluate),
+        *(archive, opened, given.config.evaluate),
         phrases=options.phrase,
         findings=options.finding,
         wordings=options.wordings,
@@ -137,13 +117,14 @@ def run_search(options: argparse.Namespace) -> int:
         rows=options.row,
     )
     most = max(options.top, options.rerank or 0)
+    groups = search_table.patients_of(manifest) if options.per_patient else None
     hits = search_table.search(archive, queries, most, among=options.among, groups=groups)
     bad: dict[int, str] = {}
     if options.rerank:
         hits, bad = search_table.reranked(opened, manifest, queries, hits, options.top)
-    shown: Any = None
+    pictures: Any = None
     if page:  # before the table: where no film can be read, earlier answers stay
-        shown, unseen = search_table.pictures(opened, manifest, queries, hits)
+        pictures = search_table.pictures(opened, manifest, queries, hits)
     lines = list(search_table.told_lines(archive, queries, hits, options.among, bad))
     print(terminal_text(lines))
     beside: list[str] = []
@@ -153,14 +134,9 @@ def run_search(options: argparse.Namespace) -> int:
     except KeptBesideError as error:  # told at the end: the page is to be written, too
         beside.append(str(error))
     if page:
-        with contextlib.suppress(ConfigError, OSError):  # another's by now: it stays
-            require_own_page(page)
-            page.unlink(missing_ok=True)  # of other answers than the table's by now
-        is_reranked = bool(options.rerank)
         options.out = options.page  # for the line where it cannot be written
         try:
-            write_search_page(page, lines[0], queries, hits, shown, is_reranked=is_reranked)
-            print(f"{page}{unread(unseen)}")
+            _write_search_page(page, lines[0], queries, hits, pictures, bool(options.rerank))
         except KeptBesideError as error:
             beside.append(str(error))
         except OSError as error:
@@ -172,6 +148,65 @@ def run_search(options: argparse.Namespace) -> int:
         raise KeptBesideError("; ".join(beside))
     print("Not for clinical use.")
     return 0
+
+
+def _search_files(options: argparse.Namespace) -> tuple[Path, Path | None]:
+    """(the table, the page or None)
+
+    Raises:  ConfigError, OSError where one cannot be written, or would replace what is not its own
+    """
+    from mlip.pages.search_page import require_own_page
+    from mlip.transfer.films.search_table import require_own_file
+
+    out, page = Path(options.out), Path(options.page) if options.page else None
+    for path in (out, *([page] if page else [])):
+        require_writable(path.absolute().parent)
+    require_own_file(out)
+    if page:
+        if page.resolve() == out.resolve():
+            raise ConfigError(
+                f"--page {page}: is --out too, which it would replace: name two files"
+            )
+        require_own_page(page)
+    return out, page
+
+
+def _open_search(
+    options: argparse.Namespace, given: Given, device: str, archive: Archive
+) -> tuple[Any, Any]:
+    """(the model, None where rows alone ask; the manifest, None where no film is read)"""
+    from mlip.transfer.films.search import require_same_model
+    from mlip.transfer.films.search_table import require_same_rows
+    from mlip.transfer.trained_heads import require_local
+
+    opened: Any = None
+    manifest: Any = None
+    if options.page or options.rerank or options.per_patient:
+        opened, manifest = open_for_films(
+            given, device, by_patient=options.per_patient, by_split=False
+        )
+        require_same_rows(archive, manifest, given.config.data.columns.image)
+    elif options.phrase or options.finding or options.wordings or options.image:
+        opened = open_trained(given, device)
+    if opened is not None:
+        require_same_model(archive, opened)
+        if options.rerank:
+            require_local(opened, f"--rerank {options.rerank} (leave it out)")
+    return opened, manifest
+
+
+def _write_search_page(
+    page: Path, title: str, queries: Any, hits: Any, pictures: Any, is_reranked: bool
+) -> None:
+    from mlip.pages.search_page import require_own_page, write_search_page
+    from mlip.transfer.films.row_table import unread
+
+    with contextlib.suppress(ConfigError, OSError):  # another's by now: it stays
+        require_own_page(page)
+        page.unlink(missing_ok=True)  # of other answers than the table's by now
+    shown, unseen = pictures
+    write_search_page(page, title, queries, hits, shown, is_reranked=is_reranked)
+    print(f"{page}{unread(unseen)}")
 
 
 def _check_search(options: argparse.Namespace) -> None:

@@ -174,6 +174,23 @@ def smoothed(values: Sequence[float], window: int) -> list[float]:
     return result
 
 
+def _vertical_range(values: Sequence[float], mean: Sequence[float]) -> tuple[float, float, float]:
+    """(lowest, highest, tick step) of a chart of these values and their running mean: the ends are
+    multiples of the step."""
+    ordered = sorted(values)
+    top = max(max(mean), ordered[int(0.98 * (len(ordered) - 1))])
+    bottom = min(min(mean), ordered[int(0.02 * (len(ordered) - 1))])
+    if bottom > 0 and bottom < 0.6 * top:
+        bottom = 0.0
+    # a constant that jitters in its last digits is a flat line, not a mountain range
+    least = max(0.02 * abs(top), 1e-12)
+    if top - bottom < least:
+        top, bottom = top + least / 2, bottom - least / 2
+    step = _nice_step(top - bottom)
+    bottom = math.floor(bottom / step + 1e-9) * step
+    return bottom, max(math.ceil(top / step - 1e-9) * step, bottom + step), step
+
+
 def line_chart(
     steps: Sequence[float],
     values: Sequence[float],
@@ -192,19 +209,7 @@ def line_chart(
         return Markup('<p class="none">no finite value was logged</p>')
     xs, ys = [p[0] for p in points], [p[1] for p in points]
     mean = smoothed(ys, running_window(len(ys))) if is_smoothed else ys
-    ordered = sorted(ys)
-    top = max(max(mean), ordered[int(0.98 * (len(ordered) - 1))])
-    bottom = min(min(mean), ordered[int(0.02 * (len(ordered) - 1))])
-    if bottom > 0 and bottom < 0.6 * top:
-        bottom = 0.0
-    # a constant that jitters in its last digits is a flat line, not a mountain range
-    least = max(0.02 * abs(top), 1e-12)
-    if top - bottom < least:
-        top, bottom = top + least / 2, bottom - least / 2
-    span = top - bottom
-    step = _nice_step(span)
-    bottom = math.floor(bottom / step + 1e-9) * step
-    top = max(math.ceil(top / step - 1e-9) * step, bottom + step)
+    bottom, top, step = _vertical_range(ys, mean)
     width, height = 312, 150
     left, right, up, down = 44.0, 12.0, 8.0, 20.0
     x_low, x_high = min(xs), max(max(xs), min(xs) + 1)

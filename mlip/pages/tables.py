@@ -30,6 +30,7 @@ HEAD_MARKS = {
 }
 DIRECTIONS = {"image_to_text": "image to report", "text_to_image": "report to image"}
 GROUNDING_PX = 132  # of the scale that stands beside nine columns in a page of 1000 px
+QUARTERS = (0, 0.25, 0.5, 0.75, 1)
 ENOUGH = 20  # phrases behind a ratio that the headline may quote
 SCORES = {"global": "Global head", "local": "Local score", "combined": "Combined"}
 KIND_TITLES = {
@@ -55,65 +56,65 @@ def _with_range(estimate: Mapping[str, Any]) -> str:
 
 def headline(results: Mapping[str, Any]) -> list[Markup]:
     """Three sentences a reader outside the field can check against the tables."""
-    lines = []
-    macro = (results.get("zero_shot") or {}).get("macro", {})
+    told = (_ranking_told(results), _retrieval_told(results), _pointing_told(results))
+    return [line for line in told if line is not None] or [
+        Markup("Nothing could be scored on this split; the tables below say why.")
+    ]
+
+
+def _ranking_told(results: Mapping[str, Any]) -> Markup | None:
     head = "global"  # always: the better one of two, chosen by this very score, would flatter
-    if (macro.get(head) or {}).get("value") is not None:
-        worst = results["zero_shot"]["worst"][head]
-        name = _finding_name(results, worst.get("finding"))
-        lines.append(
-            Markup(
-                "Without a single label, the {} ranks a study with a finding above one without it "
-                "in <b>{:.0f} of 100 pairs</b> (mean AUROC {}{}; a coin gets 50). "
-                "Worst: {}, {:.2f}."
-            ).format(
-                SCORES[head].lower(),
-                100 * macro[head]["value"],
-                _with_range(macro[head]),
-                f" {over}" if (over := classes_text(macro[head], "findings")) else "",
-                name.lower(),
-                worst["value"],
-            )
-        )
+    macro = (results.get("zero_shot") or {}).get("macro", {}).get(head) or {}
+    if macro.get("value") is None:
+        return None
+    worst = results["zero_shot"]["worst"][head]
+    return Markup(
+        "Without a single label, the {} ranks a study with a finding above one without it "
+        "in <b>{:.0f} of 100 pairs</b> (mean AUROC {}{}; a coin gets 50). "
+        "Worst: {}, {:.2f}."
+    ).format(
+        SCORES[head].lower(),
+        100 * macro["value"],
+        _with_range(macro),
+        f" {over}" if (over := classes_text(macro, "findings")) else "",
+        _finding_name(results, worst.get("finding")).lower(),
+        worst["value"],
+    )
+
+
+def _retrieval_told(results: Mapping[str, Any]) -> Markup | None:
     retrieval = results.get("retrieval") or {}
     chosen = _global_retrieval(retrieval)
     # every order has the right one among the first 10 of ten
-    if chosen and retrieval["chance"]["recall@10"] < 1.0:
-        i2t, t2i = chosen["image_to_text"]["recall@10"], chosen["text_to_image"]["recall@10"]
-        lines.append(
-            Markup(
-                "Shown an image, it finds the right report among the first 10 of {} in "
-                "<b>{:.0f} %</b> of cases; shown a report, the right image in <b>{:.0f} %</b> "
-                "(chance {:.1f} %)."
-            ).format(
-                retrieval["pool"],
-                100 * i2t["value"],
-                100 * t2i["value"],
-                100 * retrieval["chance"]["recall@10"],
-            )
-        )
+    if not chosen or retrieval["chance"]["recall@10"] >= 1.0:
+        return None
+    return Markup(
+        "Shown an image, it finds the right report among the first 10 of {} in "
+        "<b>{:.0f} %</b> of cases; shown a report, the right image in <b>{:.0f} %</b> "
+        "(chance {:.1f} %)."
+    ).format(
+        retrieval["pool"],
+        100 * chosen["image_to_text"]["recall@10"]["value"],
+        100 * chosen["text_to_image"]["recall@10"]["value"],
+        100 * retrieval["chance"]["recall@10"],
+    )
+
+
+def _pointing_told(results: Mapping[str, Any]) -> Markup | None:
     keyword = (results.get("grounding") or {}).get("keyword")
-    if keyword and keyword["all"]["hit"]["value"] is not None:
-        row = keyword["all"]
-        # a ratio from a handful of images would say more than it knows
-        compared_by = row["over_swapped"]["n"] >= ENOUGH
-        times = row["over_swapped"]["value"] if compared_by else None
-        compared = (
-            Markup(
-                ", <b>{:.1f} times</b> as often as the same words on an image without it"
-            ).format(times)
-            if times is not None
-            else ""
-        )
-        lines.append(
-            Markup(
-                "The name of a finding points into its true box in <b>{:.0f} %</b> of cases "
-                "(chance {:.0f} %){}."
-            ).format(100 * row["hit"]["value"], 100 * row["area"], compared)
-        )
-    if not lines:
-        lines.append(Markup("Nothing could be scored on this split; the tables below say why."))
-    return lines
+    if not keyword or keyword["all"]["hit"]["value"] is None:
+        return None
+    row, compared = keyword["all"], Markup("")
+    times = row["over_swapped"]
+    # a ratio from a handful of images would say more than it knows
+    if times["n"] >= ENOUGH and times["value"] is not None:
+        compared = Markup(
+            ", <b>{:.1f} times</b> as often as the same words on an image without it"
+        ).format(times["value"])
+    return Markup(
+        "The name of a finding points into its true box in <b>{:.0f} %</b> of cases "
+        "(chance {:.0f} %){}."
+    ).format(100 * row["hit"]["value"], 100 * row["area"], compared)
 
 
 def _finding_name(results: Mapping[str, Any], finding: str | None) -> str:
@@ -142,23 +143,22 @@ def _card(
     if not estimate or estimate.get("value") is None:
         reason = (estimate or {}).get("reason") or ""
         return {"label": label, "value": "", "range": reason, "scale": ""}
-    text = f"{estimate['value']:.{digits}f}{suffix}"
-    bounds = ""
+    notes = []
     if estimate.get("low") is not None:
-        bounds = f"{estimate['low']:.{digits}f} to {estimate['high']:.{digits}f}"
+        notes.append(f"{estimate['low']:.{digits}f} to {estimate['high']:.{digits}f}")
     elif estimate.get("reason"):
-        bounds = f"no interval: {estimate['reason']}"
+        notes.append(f"no interval: {estimate['reason']}")
     if estimate["n"] < ENOUGH:
-        bounds += f"{'; ' if bounds else ''}n = {estimate['n']}"
+        notes.append(f"n = {estimate['n']}")
     if chance is not None:
-        bounds += f"{'; ' if bounds else ''}{chance_label} {chance:.{digits}f}"
+        notes.append(f"{chance_label} {chance:.{digits}f}")
     marks = [Mark(estimate["value"], estimate.get("low"), estimate.get("high"), BLUE, "dot", label)]
     if chance is not None:
         marks.insert(0, Mark(chance, colour=MUTED, shape="tick", label=chance_label))
     return {
         "label": label,
-        "value": text,
-        "range": bounds,
+        "value": f"{estimate['value']:.{digits}f}{suffix}",
+        "range": "; ".join(notes),
         "scale": scale_marks([marks], low=low, high=high, width=220, grid=(low, high)),
     }
 
@@ -262,48 +262,11 @@ def retrieval_context(results: Mapping[str, Any]) -> dict[str, Any] | None:
     found = results.get("retrieval")
     if not found or not found.get("scores"):
         return None
-    chance = found["chance"]["recall@10"]
-    oracle = found.get("oracle") or {}
-    rows = []
-    for score, both in found["scores"].items():
-        for direction, title in DIRECTIONS.items():
-            row = both[direction]
-            marks = [
-                Mark(chance, colour=MUTED, shape="tick", label="chance"),
-                _mark(score, row["recall@10"]),
-            ]
-            if direction in oracle:
-                ceiling = oracle[direction]["recall@10"]["value"]
-                marks.append(Mark(ceiling, colour=INK, shape="diamond", label="oracle"))
-            rows.append(
-                {
-                    **row,
-                    "score": SCORES[score],
-                    "direction": title,
-                    "drawing": scale_marks(
-                        [marks], low=0.0, high=1.0, grid=(0, 0.25, 0.5, 0.75, 1)
-                    ),
-                }
-            )
-    references = [
-        {"name": "Oracle", "direction": DIRECTIONS[d], "digits": 2, **values}
-        for d, values in oracle.items()
-        if d in DIRECTIONS
-    ]
-    references.append(
-        {
-            "name": "Chance",
-            "direction": "either",
-            "digits": 3,
-            **{key: {"value": value, "low": None} for key, value in found["chance"].items()},
-            "median_rank": {"value": (found["pool"] + 1) / 2, "low": None},
-        }
-    )
     return {
         **found,
-        "rows": rows,
-        "references": references,
-        "has_oracle": bool(oracle),
+        "rows": _retrieval_rows(found),
+        "references": _references(found),
+        "has_oracle": bool(found.get("oracle")),
         "whole_rows": [
             {"direction": DIRECTIONS[d], **row}
             for d, row in (found.get("whole") or {}).get("scores", {}).items()
@@ -327,13 +290,50 @@ def retrieval_context(results: Mapping[str, Any]) -> dict[str, Any] | None:
     }
 
 
+def _retrieval_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row a score and direction, drawn between chance and the oracle."""
+    chance = Mark(found["chance"]["recall@10"], colour=MUTED, shape="tick", label="chance")
+    oracle = found.get("oracle") or {}
+    rows = []
+    for score, both in found["scores"].items():
+        for direction, title in DIRECTIONS.items():
+            row = both[direction]
+            marks = [chance, _mark(score, row["recall@10"])]
+            if direction in oracle:
+                ceiling = oracle[direction]["recall@10"]["value"]
+                marks.append(Mark(ceiling, colour=INK, shape="diamond", label="oracle"))
+            drawing = scale_marks([marks], low=0.0, high=1.0, grid=QUARTERS)
+            rows.append({**row, "score": SCORES[score], "direction": title, "drawing": drawing})
+    return rows
+
+
+def _references(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of what no model scores: the oracle, where there is one, and chance."""
+    rows = [
+        {"name": "Oracle", "direction": DIRECTIONS[d], "digits": 2, **values}
+        for d, values in (found.get("oracle") or {}).items()
+        if d in DIRECTIONS
+    ]
+    rows.append(
+        {
+            "name": "Chance",
+            "direction": "either",
+            "digits": 3,
+            **{key: {"value": value, "low": None} for key, value in found["chance"].items()},
+            "median_rank": {"value": (found["pool"] + 1) / 2, "low": None},
+        }
+    )
+    return rows
+
+
 def grounding_context(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     found = results.get("grounding") or {}
     tables = []
+    area = Mark(None, colour=MUTED, shape="tick", label="area chance")
+    pixel = Mark(None, colour=INK, shape="diamond", label="fixed pixel by side")
     signs = [
         Mark(None, colour=BLUE, shape="dot", label="hit rate"),
-        Mark(None, colour=MUTED, shape="tick", label="area chance"),
-        Mark(None, colour=INK, shape="diamond", label="fixed pixel by side"),
+        *(area, pixel),
         Mark(None, colour=ORANGE, shape="ring", label="swapped image"),
     ]
     for kind, title in KIND_TITLES.items():
@@ -347,15 +347,7 @@ def grounding_context(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         for row in [*table["findings"], total]:
             hit, swapped = row["hit"], row["swapped"]
             lanes = [
-                [
-                    Mark(row["area"], colour=MUTED, shape="tick", label="area chance"),
-                    Mark(
-                        row["prior_with_side"],
-                        colour=INK,
-                        shape="diamond",
-                        label="fixed pixel by side",
-                    ),
-                ],
+                [replace(area, value=row["area"]), replace(pixel, value=row["prior_with_side"])],
                 [
                     Mark(
                         swapped["value"], swapped["low"], swapped["high"], ORANGE, "ring", "swapped"
@@ -363,9 +355,7 @@ def grounding_context(results: Mapping[str, Any]) -> list[dict[str, Any]]:
                     Mark(hit["value"], hit["low"], hit["high"], BLUE, "dot", "hit rate"),
                 ],
             ]
-            drawing = scale_marks(
-                lanes, low=0.0, high=1.0, width=GROUNDING_PX, grid=(0, 0.25, 0.5, 0.75, 1)
-            )
+            drawing = scale_marks(lanes, low=0.0, high=1.0, width=GROUNDING_PX, grid=QUARTERS)
             rows.append({**row, "drawing": drawing})
         tables.append(
             {

@@ -54,6 +54,9 @@ def write_transfer_page(folder: Path, results: Mapping[str, Any]) -> Path:
 def render_transfer(results: Mapping[str, Any]) -> str:
     task, last = results["task"], results["fractions"][-1]
     test = results["data"]["splits"]["test"]
+    by_group = last["scores"]["headline"].rpartition(".")[2]
+    if task["name"] == "classification":
+        by_group = "auroc"  # accuracy moves with how common a class is in a group
     context = {
         "title": results["run"]["name"],
         "meta": _meta(results),
@@ -69,10 +72,7 @@ def render_transfer(results: Mapping[str, Any]) -> str:
         "subgroups": subgroup_context(
             last["scores"].get("subgroups") or [],
             SUBGROUP_SCORES,
-            # accuracy moves with how common a class is in a group
-            "auroc"
-            if task["name"] == "classification"
-            else last["scores"]["headline"].rpartition(".")[2],
+            by_group,
         ),
         "curves": _curves(last["scores"]),
         "confusions": _confusions(last["scores"], task["classes"]),
@@ -115,14 +115,15 @@ def _meta(results: Mapping[str, Any]) -> list[str]:
 
 def _card(fraction: Mapping[str, Any]) -> dict[str, Any]:
     name, estimate = headline_of(fraction["scores"])
+    value, beside = None, estimate["reason"]
+    if estimate["value"] is not None:
+        value, beside = f"{estimate['value']:.3f}", ""
+        if estimate["low"] is not None:
+            beside = f"{estimate['low']:.3f} to {estimate['high']:.3f}"
     return {
         "label": f"{name}, {fraction['percent']:g}\N{NO-BREAK SPACE}% of the labels",
-        "value": None if estimate["value"] is None else f"{estimate['value']:.3f}",
-        "range": estimate["reason"]
-        if estimate["value"] is None
-        else ""
-        if estimate["low"] is None
-        else f"{estimate['low']:.3f} to {estimate['high']:.3f}",
+        "value": value,
+        "range": beside,
         "scale": _drawing(estimate),
     }
 

@@ -166,14 +166,15 @@ def subgroup_lines(
     lines = []
     for table in found:
         small = table["small_groups"]
-        left_out = [
-            f"{small['images']} images of {small['groups']} groups of too few patients"
-            if small["groups"]
-            else "",
-            f"{table['not_stated']} images do not state it" if table["not_stated"] else "",
-        ]
-        said = "; ".join(text for text in left_out if text)
-        lines.append(f"{of}by {table['column']}{f' ({said})' if said else ''}")
+        left_out = []
+        if small["groups"]:
+            left_out.append(
+                f"{small['images']} images of {small['groups']} groups of too few patients"
+            )
+        if table["not_stated"]:
+            left_out.append(f"{table['not_stated']} images do not state it")
+        said = f" ({'; '.join(left_out)})" if left_out else ""
+        lines.append(f"{of}by {table['column']}{said}")
         for group in table["groups"]:
             key = next(iter(group["macro"]), None)
             if key is None:

@@ -8,7 +8,7 @@ evaluate.trained_on.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from mlip.transfer.array import Array
 
 _TRAIN = SPLITS.index("train")
 _SETTING = "evaluate.trained_on=MANIFEST"
+_UNTOLD = f"the checkpoint does not say what it was trained on ({_SETTING})"
 
 
 @dataclass(frozen=True)
@@ -108,30 +109,7 @@ def find_seen(config: Config, manifest: Manifest, trainings: Iterable[Training])
     manifest  that of config.data
     Raises:   ManifestError for a table of evaluate.trained_on that cannot be read
     """
-    tables: dict[str, FilmKeys] = {}
-    # an export does not say where its training's manifest lies, which may be the scored one
-    paths = {manifest.fingerprint: Path(manifest.path)}
-    for name in config.evaluate.trained_on:
-        try:
-            columns = usual_columns(Path(name), config.data.columns)
-            keys = read_film_keys(name, columns, splits_by_hash=False)
-        except ManifestError as error:  # beside data.manifest's, which it may be taken for
-            raise ManifestError(f"evaluate.trained_on: {error}") from None
-        tables[keys.fingerprint], paths[keys.fingerprint] = keys, Path(name)
-    unknown = None
-    trainings = list(trainings)
-    for training in trainings:
-        if training.manifest is None:
-            unknown = unknown or _not_kept(tables)
-            continue
-        # one that is named is read as the training read it: its splits may be those of hashes
-        found = _still_there(training, paths.get(training.manifest, Path(training.data.manifest)))
-        if isinstance(found, str):
-            unknown = found
-        else:
-            tables[found.fingerprint] = found
-    if any(t.goes_on for t in trainings) and tables.keys() <= {t.manifest for t in trainings}:
-        unknown = unknown or f"its image tower began with trained weights ({_SETTING})"
+    tables, unknown = _tables(config, manifest, list(trainings))
     films = np.zeros((3, len(manifest)), dtype=bool)
     compared: set[str] = set()
     own = _scored(manifest, config.data.columns) if tables else None
@@ -154,9 +132,35 @@ def find_seen(config: Config, manifest: Manifest, trainings: Iterable[Training])
     )
 
 
-def _not_kept(tables: Mapping[str, FilmKeys]) -> str | None:
-    """Of a training that kept no hash: what the user names is all that there is to go by."""
-    return None if tables else f"the checkpoint does not say what it was trained on ({_SETTING})"
+def _tables(
+    config: Config, manifest: Manifest, trainings: Sequence[Training]
+) -> tuple[dict[str, FilmKeys], str | None]:
+    """(tables of films of the trainings by their SHA-256, why some are not among them)"""
+    tables: dict[str, FilmKeys] = {}
+    # an export does not say where its training's manifest lies, which may be the scored one
+    paths = {manifest.fingerprint: Path(manifest.path)}
+    for name in config.evaluate.trained_on:
+        try:
+            columns = usual_columns(Path(name), config.data.columns)
+            keys = read_film_keys(name, columns, splits_by_hash=False)
+        except ManifestError as error:  # beside data.manifest's, which it may be taken for
+            raise ManifestError(f"evaluate.trained_on: {error}") from None
+        tables[keys.fingerprint], paths[keys.fingerprint] = keys, Path(name)
+    unknown = None
+    for training in trainings:
+        if training.manifest is None:  # no hash was kept: what the user names is all there is
+            if not tables:
+                unknown = unknown or _UNTOLD
+            continue
+        # one that is named is read as the training read it: its splits may be those of hashes
+        found = _still_there(training, paths.get(training.manifest, Path(training.data.manifest)))
+        if isinstance(found, str):
+            unknown = found
+        else:
+            tables[found.fingerprint] = found
+    if any(t.goes_on for t in trainings) and tables.keys() <= {t.manifest for t in trainings}:
+        unknown = unknown or f"its image tower began with trained weights ({_SETTING})"
+    return tables, unknown
 
 
 def _scored(manifest: Manifest, columns: Columns) -> FilmKeys | None:

@@ -83,22 +83,19 @@ def _grounding(
         same = [q for q in own if q.image == first.image]
         by_name = next((q for q in same if q.kind == "keyword"), None)
         by_sentence = next((q for q in same if q.kind == "sentence"), None)
+        asked = [(q.kind, q, q.image) for q in (by_name, by_sentence) if q is not None]
+        if by_name is not None and by_name.swapped is not None:
+            asked.append(("swapped", by_name, by_name.swapped))
         shown = []
-        for query, swapped in ((by_name, False), (by_sentence, False), (by_name, True)):
-            if query is None:
-                continue
-            at = query.swapped if swapped else query.image
-            if at is None:
-                continue
+        for kind, query, at in asked:
             heat = maps[query.phrase, at]
-            point = pointed_pixel(upsample(heat), grid)
             entry = {
-                "kind": "swapped" if swapped else query.kind,
+                "kind": kind,
                 "phrase": phrases[query.phrase],
                 "map": heat.reshape(grid).round(4).tolist(),
-                "point": point.tolist(),
+                "point": pointed_pixel(upsample(heat), grid).tolist(),
             }
-            if swapped:
+            if kind == "swapped":
                 entry["image"] = png_text(images.pixels[at])
             shown.append(entry)
         examples.append(
@@ -175,41 +172,38 @@ def _retrieved(
     def text(position: int) -> str | None:
         return manifest.text(int(images.row_index[rows[position]])) if shows_text else None
 
+    def picture(position: int) -> str:
+        return png_text(images.pixels[rows[position]])
+
+    asked, images_asked = range(min(count, len(rows))), -(-count // 2)
     by_image, by_text = [], []
-    for q in range(min(count, len(rows))):
-        if q < -(-count // 2):
-            best = np.argsort(-scores[q], kind="stable")[:TEXT_ANSWERS].tolist()
-            by_image.append(
-                {
-                    "study": study(rows[q]),
-                    "image": png_text(images.pixels[rows[q]]),
-                    "rank": int(ranks[0][q]),
-                    "own": None if pairs[best].tolist().count(pairs[q]) else text(q),
-                    "answers": [
-                        {
-                            "study": study(rows[a]),
-                            "text": text(a),
-                            "right": bool(pairs[a] == pairs[q]),
-                        }
-                        for a in best
-                    ],
-                }
-            )
-        else:
-            best = np.argsort(-scores[:, q], kind="stable")[:IMAGE_ANSWERS].tolist()
-            by_text.append(
-                {
-                    "study": study(rows[q]),
-                    "text": text(q),
-                    "rank": int(ranks[1][q]),
-                    "answers": [
-                        {
-                            "study": study(rows[a]),
-                            "image": png_text(images.pixels[rows[a]]),
-                            "right": bool(pairs[a] == pairs[q]),
-                        }
-                        for a in best
-                    ],
-                }
-            )
+    for q in asked[:images_asked]:
+        best = np.argsort(-scores[q], kind="stable")[:TEXT_ANSWERS].tolist()
+        right = (pairs[best] == pairs[q]).tolist()
+        by_image.append(
+            {
+                "study": study(rows[q]),
+                "image": picture(q),
+                "rank": int(ranks[0][q]),
+                "own": None if any(right) else text(q),
+                "answers": [
+                    {"study": study(rows[a]), "text": text(a), "right": is_right}
+                    for a, is_right in zip(best, right, strict=True)
+                ],
+            }
+        )
+    for q in asked[images_asked:]:
+        best = np.argsort(-scores[:, q], kind="stable")[:IMAGE_ANSWERS].tolist()
+        right = (pairs[best] == pairs[q]).tolist()
+        by_text.append(
+            {
+                "study": study(rows[q]),
+                "text": text(q),
+                "rank": int(ranks[1][q]),
+                "answers": [
+                    {"study": study(rows[a]), "image": picture(a), "right": is_right}
+                    for a, is_right in zip(best, right, strict=True)
+                ],
+            }
+        )
     return {"image_to_text": by_image, "text_to_image": by_text}

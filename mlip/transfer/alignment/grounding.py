@@ -173,20 +173,14 @@ def evaluate_grounding(
         rows = []
         for finding in dict.fromkeys(q.finding for q in chosen):
             own = np.array([q.finding == finding for q in chosen])
+            of_finding = {key: values[own] for key, values in measured.items()}
             if keep is not None:
                 places, of = np.unique(images[own], return_inverse=True)
                 for key in ("hit", "miou"):
-                    marks = np.bincount(of, measured[key][own]) / np.bincount(of)
+                    marks = np.bincount(of, of_finding[key]) / np.bincount(of)
                     keep(f"{POINTING}{kind}", finding, key, places, marks)
-            rows.append(
-                {
-                    "finding": finding,
-                    "name": names.get(finding, finding),
-                    **_summary(
-                        {key: values[own] for key, values in measured.items()}, weights[:, own]
-                    ),
-                }
-            )
+            name = names.get(finding, finding)
+            rows.append({"finding": finding, "name": name, **_summary(of_finding, weights[:, own])})
         rows.sort(key=lambda r: str(r["name"]))
         result[kind] = {
             "findings": rows,
@@ -237,18 +231,7 @@ def _measure(
         columns["cnr"].append(contrast_to_noise(pictures, masks))
         columns["miou"].append(mean_iou(pictures, masks))
         for key, with_side in (("prior", False), ("prior_with_side", True)):
-            pixels = [
-                None if prior is None else prior.pixel(q.finding, q.side if with_side else None)
-                for q in part
-            ]
-            columns[key].append(
-                np.array(
-                    [
-                        np.nan if p is None else float(is_inside(p, q.boxes))
-                        for p, q in zip(pixels, part, strict=True)
-                    ]
-                )
-            )
+            columns[key].append(_prior_hits(prior, part, with_side))
         if len(known_masks) > 4 * QUERIES_AT_ONCE:
             known_masks.clear()
     return {key: np.concatenate(values) for key, values in columns.items()}
@@ -271,6 +254,18 @@ def _against_masks(pictures: Array, points: Array, queries: Sequence[Query]) -> 
 
 def _hits(points: Array, queries: Sequence[Query]) -> Array:
     return np.array([float(is_inside(p, q.boxes)) for p, q in zip(points, queries, strict=True)])
+
+
+def _prior_hits(prior: PixelPrior | None, queries: Sequence[Query], with_side: bool) -> Array:
+    """Whether the fixed pixel of each finding is in its boxes; NaN where there is none."""
+    hits = np.full(len(queries), np.nan)
+    if prior is None:
+        return hits
+    for i, q in enumerate(queries):
+        pixel = prior.pixel(q.finding, q.side if with_side else None)
+        if pixel is not None:
+            hits[i] = is_inside(pixel, q.boxes)
+    return hits
 
 
 def _summary(columns: Mapping[str, Array], weights: Array) -> dict[str, Any]:

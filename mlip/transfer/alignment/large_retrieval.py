@@ -222,9 +222,8 @@ def class_precision(
     if len(queries) == 0 or len(candidates) == 0:
         return {"reason": "no row carries exactly one label"}
     top = top_candidates(queries.float(), candidates.float(), max(CLASS_CUTS))
-    is_right = np.asarray(candidate_class)[top] == np.asarray(query_class)[:, None]
+    is_right = candidate_class[top] == query_class[:, None]
     weights = patient_resamples(patient_ids, bootstrap, seed)
-    names = sorted(set(np.asarray(query_class).tolist()))
     result: dict[str, Any] = {"classes": {}}
     for k in CLASS_CUTS:
         result[f"precision@{k}"] = (
@@ -232,15 +231,15 @@ def class_precision(
             if k <= len(candidates)
             else not_available(f"there are {len(candidates)} candidates", len(queries))
         )
-    shares = {name: float((candidate_class == name).mean()) for name in names}
-    share = np.array([shares[name] for name in np.asarray(query_class).tolist()])
+    names, of = np.unique(query_class, return_inverse=True)
+    share = np.array([float((candidate_class == name).mean()) for name in names])[of]
     result["chance"] = float(np.mean(share))
     result["best"] = {
         f"precision@{k}": float(np.minimum(1.0, share * len(candidates) / k).mean())
         for k in CLASS_CUTS
     }
-    for name in names:
-        own = np.asarray(query_class) == name
+    for name in names.tolist():
+        own = query_class == name
         result["classes"][name] = {
             **{
                 f"precision@{k}": float(is_right[own, :k].mean())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,7 +11,6 @@ from mlip.dataloading.manifest import Manifest
 from mlip.dataloading.phantom import reports as phantom_reports
 from mlip.settings.config import Config
 from mlip.transfer.alignment.grounding import PixelPrior, Query
-from mlip.transfer.array import Array
 from mlip.transfer.features import ImageBank
 from mlip.transfer.truth import finding_boxes
 from mlip.transfer.truth.annotations import Annotations
@@ -50,49 +49,63 @@ def make_queries(
     generator = np.random.default_rng(seed)
     phrases: dict[str, int] = {}
     queries: list[Query] = []
-
-    def ask(
-        i: int,
-        finding: str,
-        kind: str,
-        side: str | None,
-        text: str,
-        chosen: Array,
-        only_side: bool = False,
-    ) -> None:
-        free = without[finding]
-        swapped = free[int(generator.integers(len(free)))] if free else None
-        phrase = phrases.setdefault(text, len(phrases))
-        drawn = tuple(
-            m
-            for m in (masks or {}).get(int(images.row_index[i]), ())
-            if m.finding == finding and (not only_side or m.side == side) and kind != "phrase"
-        )
-        queries.append(Query(i, finding, side, kind, phrase, chosen, swapped, drawn))
-
     for i, found in enumerate(by_image):
+        in_image = (masks or {}).get(int(images.row_index[i]), ())
         for finding, own in sorted(found.items()):
-            wordings = _wordings(
-                finding, names[finding].lower(), is_phantom, bool(without[finding])
-            )
-            corners = np.array([box.corners for box in own])
-            sides = sorted({box.side for box in own if box.side is not None})
-            only = sides[0] if len(sides) == 1 else None
-            for text in wordings["keyword"]:
-                ask(i, finding, "keyword", only, text, corners)
-            for text in wordings["sentence"]:
-                if "{side}" not in text:
-                    ask(i, finding, "sentence", only, text, corners)
-                    continue
-                for side in sides:
-                    chosen = np.array([box.corners for box in own if box.side == side])
-                    ask(i, finding, "sentence", side, text.format(side=side), chosen, True)
-            for text in dict.fromkeys(box.phrase for box in own if box.phrase):
-                answers = [box for box in own if box.phrase == text]
-                sides = sorted({box.side for box in answers if box.side is not None})
-                chosen = np.array([box.corners for box in answers])
-                ask(i, finding, "phrase", sides[0] if len(sides) == 1 else None, text, chosen)
+            free, drawn = without[finding], [m for m in in_image if m.finding == finding]
+            wordings = _wordings(finding, names[finding].lower(), is_phantom, bool(free))
+            for asked in _asked(own, wordings):
+                queries.append(
+                    Query(
+                        image=i,
+                        finding=finding,
+                        side=asked.side,
+                        kind=asked.kind,
+                        phrase=phrases.setdefault(asked.text, len(phrases)),
+                        boxes=np.array([box.corners for box in asked.boxes]),
+                        swapped=free[int(generator.integers(len(free)))] if free else None,
+                        masks=asked.of_masks(drawn),
+                    )
+                )
     return queries, list(phrases), names
+
+
+class _Asked(NamedTuple):
+    """Words asked of an image, and the boxes of a finding that answer them."""
+
+    kind: str
+    text: str
+    boxes: Sequence[finding_boxes.Box]
+    names_side: bool = False
+
+    @property
+    def side(self) -> str | None:
+        """That of all boxes with a side; None where there are two, or none."""
+        sides = {box.side for box in self.boxes if box.side is not None}
+        return sides.pop() if len(sides) == 1 else None
+
+    def of_masks(self, drawn: Sequence[Mask]) -> tuple[Mask, ...]:
+        """Those of the finding's masks that answer too: none of a report's words."""
+        if self.kind == "phrase":
+            return ()
+        return tuple(m for m in drawn if not self.names_side or m.side == self.side)
+
+
+def _asked(
+    own: Sequence[finding_boxes.Box], wordings: Mapping[str, Sequence[str]]
+) -> Iterator[_Asked]:
+    """All that is asked of an image about a finding with these boxes."""
+    for text in wordings["keyword"]:
+        yield _Asked("keyword", text, own)
+    for text in wordings["sentence"]:
+        if "{side}" not in text:
+            yield _Asked("sentence", text, own)
+            continue
+        for side in sorted({box.side for box in own if box.side is not None}):
+            of_side = [box for box in own if box.side == side]
+            yield _Asked("sentence", text.format(side=side), of_side, names_side=True)
+    for text in dict.fromkeys(box.phrase for box in own if box.phrase):
+        yield _Asked("phrase", text, [box for box in own if box.phrase == text])
 
 
 def box_phrases(

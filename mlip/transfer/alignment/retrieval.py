@@ -79,6 +79,34 @@ def evaluate_retrieval(
     pools = make_pools(rows, pool, seed)
     if not pools or len(pools[0]) < 2:
         return {"pool": 0, "pools": 0, "n": 0, "left_out": rows, "scores": {}, "chance": {}}
+    ranks, right = _ranks_in_pools(score_matrices, pools, pair_id)
+    members = np.concatenate(pools)
+    weights = patient_resamples(np.asarray(patient_ids)[members], bootstrap, seed)
+    size = len(pools[0])
+    if keep is not None:
+        for name, both in ranks.items():
+            for direction, rank in both.items():
+                for k in CUTS:
+                    what = f"{direction.replace('_', ' ')}{AMONG}{size}"
+                    keep(name, what, f"recall@{k}", members, (rank <= k).astype(np.float64))
+    return {
+        "pool": size,
+        "pools": len(pools),
+        "n": len(members),
+        "left_out": rows - len(members),
+        "chance": {f"recall@{k}": chance_recall(size, right, k) for k in CUTS},
+        "scores": {
+            name: {d: rank_summary(both[d], weights) for d in DIRECTIONS}
+            for name, both in ranks.items()
+        },
+    }
+
+
+def _ranks_in_pools(
+    score_matrices: Callable[[Array], Mapping[str, Array]], pools: Sequence[Array], pair_id: Array
+) -> tuple[dict[str, dict[str, Array]], Array]:
+    """({score: {direction: first_right_rank}}, how many answers are right), of the rows of all
+    pools."""
     ranks: dict[str, dict[str, list[Array]]] = {}
     right: list[Array] = []
     told = Progress("pools ranked")
@@ -92,27 +120,10 @@ def evaluate_retrieval(
             both = ranks.setdefault(name, {d: [] for d in DIRECTIONS})
             both["image_to_text"].append(first_right_rank(matrix, pairs, pairs))
             both["text_to_image"].append(first_right_rank(matrix.T, pairs, pairs))
-    members = np.concatenate(pools)
-    weights = patient_resamples(np.asarray(patient_ids)[members], bootstrap, seed)
-    size = len(pools[0])
-    if keep is not None:
-        for name, both in ranks.items():
-            for direction, parts in both.items():
-                rank = np.concatenate(parts)
-                for k in CUTS:
-                    what = f"{direction.replace('_', ' ')}{AMONG}{size}"
-                    keep(name, what, f"recall@{k}", members, (rank <= k).astype(np.float64))
-    return {
-        "pool": size,
-        "pools": len(pools),
-        "n": len(members),
-        "left_out": rows - len(members),
-        "chance": {f"recall@{k}": chance_recall(size, np.concatenate(right), k) for k in CUTS},
-        "scores": {
-            name: {d: rank_summary(np.concatenate(both[d]), weights) for d in DIRECTIONS}
-            for name, both in ranks.items()
-        },
+    joined = {
+        name: {d: np.concatenate(both[d]) for d in DIRECTIONS} for name, both in ranks.items()
     }
+    return joined, np.concatenate(right)
 
 
 def rank_summary(ranks: Array, weights: Array) -> dict[str, Any]:

@@ -188,17 +188,22 @@ class Archive:
                 if without is not None and len(without[q]):
                     kept = ~np.isin(own, without[q])
                     own, values = own[kept], values[kept]
-                if len(before) == most:  # of a large archive nearly all: nothing is left to sort
-                    kept = values >= before.scores[-1]
-                    own, values = own[kept], values[kept]
-                own = np.concatenate([before.row_index, own])
-                values = np.concatenate([before.scores, values])
-                order = np.lexsort((own, -values))
-                if groups is not None:
-                    _, first = np.unique(groups[own[order]], return_index=True)
-                    order = order[np.sort(first)]
-                found[q] = Hits(own[order[:most]], values[order[:most]])
+                found[q] = _better(before, own, values, most, groups)
         return found
+
+
+def _better(before: Hits, rows: Array, scores: Array, most: int, groups: Array | None) -> Hits:
+    """The `most` best of the hits and of these rows, at most one a group."""
+    if len(before) == most:  # of a large archive nearly all: nothing is left to sort
+        kept = scores >= before.scores[-1]
+        rows, scores = rows[kept], scores[kept]
+    rows = np.concatenate([before.row_index, rows])
+    scores = np.concatenate([before.scores, scores])
+    order = np.lexsort((rows, -scores))
+    if groups is not None:
+        _, first = np.unique(groups[rows[order]], return_index=True)
+        order = order[np.sort(first)]
+    return Hits(rows[order[:most]], scores[order[:most]])
 
 
 def _read(path: Path, columns: Sequence[str]) -> dict[str, Array]:

@@ -104,18 +104,8 @@ def ask_as_evaluated(path: Path, opened: Any, head: ScoreHead) -> Question:
     expected = "expected results.json of `mlip evaluate` with zero-shot scores"
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        prints, found = results["fingerprints"], results["zero_shot"]
-        made = {
-            "weights": prints["weights"],
-            "preprocessing": prints["preprocessing"],
-            "concepts": prints["concept_table"],
-        }
-        wordings = found.get("wordings")
-        at_thresholds = found.get("at_thresholds", {})
-        chosen, why = at_thresholds.get("findings", {}), at_thresholds.get("reason", "none chosen")
-        if not at_thresholds and results.get("run", {}).get("split") == "val":
-            why = "of val itself, on which thresholds are chosen: evaluate with evaluate.split=test"
-        cuts = {name: chosen[name][head]["threshold"] for name in chosen}
+        made, wordings = _model_of(results), results["zero_shot"].get("wordings")
+        cuts, why = _thresholds(results, head)
         is_sound = all(cut is None or _is_number(cut) for cut in cuts.values())
     except OSError as error:
         raise QuestionError(f"{path}: cannot be read: {error.strerror}; {expected}") from error
@@ -136,6 +126,25 @@ def ask_as_evaluated(path: Path, opened: Any, head: ScoreHead) -> Question:
         return Question(prompts, no_thresholds=f"{path}: {why}", file=f"{path}")
     known = {p.finding: cuts[p.finding] for p in prompts if p.finding in cuts}
     return Question(prompts, known, file=f"{path}")
+
+
+def _model_of(results: Any) -> dict[str, Any]:
+    """What an evaluation's scores depend on of the model, as ask_as_evaluated compares it."""
+    prints = results["fingerprints"]
+    return {
+        "weights": prints["weights"],
+        "preprocessing": prints["preprocessing"],
+        "concepts": prints["concept_table"],
+    }
+
+
+def _thresholds(results: Any, head: ScoreHead) -> tuple[dict[str, Any], str]:
+    """(those of the head by finding, why there are none)"""
+    told = results["zero_shot"].get("at_thresholds", {})
+    chosen, why = told.get("findings", {}), told.get("reason", "none chosen")
+    if not told and results.get("run", {}).get("split") == "val":
+        why = "of val itself, on which thresholds are chosen: evaluate with evaluate.split=test"
+    return {name: chosen[name][head]["threshold"] for name in chosen}, why
 
 
 def _prompts(tree: Any, where: str, expected: str) -> tuple[Prompts, ...]:

@@ -220,36 +220,10 @@ def as_table(tensors: dict[str, torch.Tensor]) -> pa.Table:
 def _read_index(path: Path, index: dict[str, Any]) -> dict[str, Any]:
     """What is known of the parts by their names, {} in a new folder.
 
-    Raises:  EmbedError where the index is damaged or another program's, or of other embeddings than
-             `index` asks for, and where parts lie there without one.
+    Raises:  EmbedError as _known_parts, and where parts lie there without an index
     """
     if path.is_file():
-        try:
-            # folders of earlier versions know one form and do not name it, hold reports, and do not
-            # tell of which rows and columns they are; nor by which lexicon and linker, which makes
-            # one with reports different
-            old = {
-                "form": "safetensors",
-                "images_only": False,
-                **{name: index[name] for name in ("row_index", "columns")},
-                **(found := json.loads(path.read_text(encoding="utf-8"))),
-            }
-            # earlier versions kept none: theirs are made again, as is one that is not ours
-            parts = {n: part for n, part in old.get("parts", {}).items() if _is_record(part)}
-        except (ValueError, TypeError, AttributeError, RecursionError):
-            raise EmbedError(
-                f"{path}: damaged: what its parts hold is not known; name another folder, or "
-                "delete this one if `mlip embed` made it"
-            ) from None
-        if not found.keys() >= {"weights", "manifest", "preprocessing"}:
-            raise EmbedError(f"{path}: was not written by `mlip embed`: name another folder")
-        different = sorted(k for k in index if old.get(k) != index[k])
-        if different:
-            raise EmbedError(
-                f"{path.parent} holds embeddings that differ in {', '.join(different)}: name "
-                "another folder, or delete this one"
-            )
-        return parts
+        return _known_parts(path, index)
     # Spark gives its own such names; and parts of a lost index may be of any model
     there = sorted(p.name for p in path.parent.iterdir() if _PART_NAME.fullmatch(p.name))
     if there:
@@ -259,6 +233,40 @@ def _read_index(path: Path, index: dict[str, Any]) -> dict[str, Any]:
         )
     _write_index(path, index)
     return {}
+
+
+def _known_parts(path: Path, index: dict[str, Any]) -> dict[str, Any]:
+    """What an index tells of the parts, by their names.
+
+    Raises:  EmbedError where it is damaged, another program's, or of other embeddings than `index`
+             asks for
+    """
+    try:
+        # folders of earlier versions know one form and do not name it, hold reports, and do not
+        # tell of which rows and columns they are; nor by which lexicon and linker, which makes
+        # one with reports different
+        old = {
+            "form": "safetensors",
+            "images_only": False,
+            **{name: index[name] for name in ("row_index", "columns")},
+            **(found := json.loads(path.read_text(encoding="utf-8"))),
+        }
+        # earlier versions kept none: theirs are made again, as is one that is not ours
+        parts = {n: part for n, part in old.get("parts", {}).items() if _is_record(part)}
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise EmbedError(
+            f"{path}: damaged: what its parts hold is not known; name another folder, or "
+            "delete this one if `mlip embed` made it"
+        ) from None
+    if not found.keys() >= {"weights", "manifest", "preprocessing"}:
+        raise EmbedError(f"{path}: was not written by `mlip embed`: name another folder")
+    different = sorted(k for k in index if old.get(k) != index[k])
+    if different:
+        raise EmbedError(
+            f"{path.parent} holds embeddings that differ in {', '.join(different)}: name "
+            "another folder, or delete this one"
+        )
+    return parts
 
 
 def _is_record(part: Any) -> bool:

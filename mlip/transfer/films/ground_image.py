@@ -85,28 +85,22 @@ def ground_image(
     transform = Transform(opened.config.data, train=False, seed=0)
     features = own_inputs.encode_pixels(opened, own_inputs.model_input(grey, opened.config))
     upsample = Upsampler(features.grid, (transform.crop_px, transform.crop_px))
-    place = transform.placement(*grey.shape)
-    margin = transform.margin
-    top, left = max(0, place.top - margin), max(0, place.left - margin)
-    bottom, right = place.top + place.height - margin, place.left + place.width - margin
-    sees_file = np.zeros((transform.crop_px, transform.crop_px), dtype=bool)
-    sees_file[top:bottom, left:right] = True
+    sees_file = _sees_file(transform, grey.shape)
     patch_share = cv2.resize(
         sees_file.astype(np.float32), features.grid[::-1], interpolation=cv2.INTER_AREA
     )
     sees = patch_share.reshape(-1) > 0
-    scale = grey.shape[1] / place.width, grey.shape[0] / place.height
-
     heats = phrase_maps(opened.model, features.patches, bank)[:, 0].numpy()
     answers, maps, below = [], [], []
     for phrase, heat in zip(phrases, heats, strict=True):
         picture = upsample(heat)
         # the black margin can be high, not pointed at
         x, y = pointed_pixel(np.where(sees_file, picture, -np.inf), features.grid)
-        point = (x + margin - place.left) * scale[0], (y + margin - place.top) * scale[1]
+        point = _point_on_file((x, y), transform, grey.shape)
         maps.append((_on_file(picture, transform, grey.shape), point))
         parts = phrase_parts(opened, phrase, features.patches) if with_parts else ()
-        below += [_on_file(upsample(part.heat), transform, grey.shape) for part in parts]
+        for part in parts:
+            below.append((part.name, _on_file(upsample(part.heat), transform, grey.shape)))
         linked = opened.linker.link(phrase)
         answers.append(
             Answer(
@@ -116,14 +110,12 @@ def ground_image(
                 tuple(Part(part.name, part.heat[sees]) for part in parts),
             )
         )
-    names = [part.name for answer in answers for part in answer.parts]
-    parts_below = list(zip(names, below, strict=True))
     if film is None:
-        written = _marked(_png(_sheet(grey, list(phrases), maps, parts_below), out))
+        written = _marked(_png(_sheet(grey, list(phrases), maps, below), out))
     else:
         from mlip.dataloading.dicom.capture import NOTICE, capture
 
-        sheet = _sheet(grey, list(phrases), maps, parts_below, note=NOTICE)
+        sheet = _sheet(grey, list(phrases), maps, below, note=NOTICE)
         rgb = np.ascontiguousarray(sheet[..., ::-1])
         weights = hash_of_weights(opened.model)[:16]
         written = capture(film, rgb, phrases=phrases, model=weights)
@@ -175,6 +167,28 @@ def phrase_parts(opened: Any, phrase: str, patches: Tensor) -> tuple[Part, ...]:
         state = STATES[int(batch.entity_state[0, k])]
         shown.append(Part(f"{concept} ({state})", heat[tokens + k]))
     return tuple(shown)
+
+
+def _sees_file(transform: Transform, shape: tuple[int, ...]) -> Array:
+    """[crop, crop] bool, which pixels of the crop are of the file, not of the margin around it."""
+    place, margin = transform.placement(*shape), transform.margin
+    top, left = max(0, place.top - margin), max(0, place.left - margin)
+    bottom, right = place.top + place.height - margin, place.left + place.width - margin
+    sees = np.zeros((transform.crop_px, transform.crop_px), dtype=bool)
+    sees[top:bottom, left:right] = True
+    return sees
+
+
+def _point_on_file(
+    point: tuple[float, float], transform: Transform, shape: tuple[int, ...]
+) -> tuple[float, float]:
+    """(x, y) of the crop in px of the file."""
+    place, margin = transform.placement(*shape), transform.margin
+    scale = shape[1] / place.width, shape[0] / place.height
+    return (
+        (point[0] + margin - place.left) * scale[0],
+        (point[1] + margin - place.top) * scale[1],
+    )
 
 
 def _on_file(picture: Array, transform: Transform, shape: tuple[int, ...]) -> Array:

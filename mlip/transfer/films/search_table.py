@@ -114,13 +114,14 @@ def pictures(
         return [[] for _ in hits], {}
     images = RowImages(opened, manifest, "all", rows=rows)
     for bank in images:
+        there = bank.row_index.tolist()
         for q, query in enumerate(queries):
-            own = [i for i, row in enumerate(bank.row_index.tolist()) if row in wanted[q]]
-            if own:
-                heat = heat_of(opened, query, _some(bank, own))
-                for place, i in enumerate(own):
-                    where = None if heat is None else heat[place]
-                    made[q, int(bank.row_index[i])] = Picture(bank.pixels[i], where)
+            own = [i for i, row in enumerate(there) if row in wanted[q]]
+            if not own:
+                continue
+            heat = heat_of(opened, query, _some(bank, own))
+            for place, i in enumerate(own):
+                made[q, there[i]] = Picture(bank.pixels[i], None if heat is None else heat[place])
     missing = Picture(None, None)
     shown = [
         [made.get((q, row), missing) for row in own.row_index.tolist()]

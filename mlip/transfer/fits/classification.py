@@ -284,13 +284,13 @@ class Classification:
         order = np.argsort(-surprise.max(axis=1), kind="stable")[:most]
         shown = []
         for i in order.tolist():
-            k = int(surprise[i].argmax())
-            name = self.classes[k]
-            score = float(logits[i, k].sigmoid())
-            said = f"{name}: labelled {'yes' if targets[i, k] == 1 else 'no'}, scored {score:.2f}"
             if self.transfer.exclusive:
-                called = self.classes[int(prediction["test"][i].argmax())]
-                said = f"labelled {self.classes[int(targets[i].argmax())]}, called {called}"
+                true, called = int(targets[i].argmax()), int(prediction["test"][i].argmax())
+                said = f"labelled {self.classes[true]}, called {self.classes[called]}"
+            else:
+                k = int(surprise[i].argmax())
+                label, score = "yes" if targets[i, k] == 1 else "no", float(logits[i, k].sigmoid())
+                said = f"{self.classes[k]}: labelled {label}, scored {score:.2f}"
             shown.append({"row": int(test[i]), "caption": said, "loss": float(surprise[i].max())})
         return shown
 

@@ -63,28 +63,24 @@ def label_scores(
         known = targets[:, k] != IGNORED
         truth, w = targets[known, k] == 1, weights[:, known]
         row: dict[str, Any] = {"class": name, "n": len(truth), "positives": int(truth.sum())}
-        found: dict[str, list[Measured | None]] = {key: [] for key in KEYS}
         thresholds = [of_seed[k] for of_seed in cuts]
-        for p, threshold in zip(predictions, thresholds, strict=True):
-            logit = p["test"][known, k].astype(np.float64)
-            measured = _binary(logit, truth, w, threshold) if p["learnt"][k] else {}
-            for key in KEYS:
-                found[key].append(measured.get(key))
+        logits = [p["test"][known, k].astype(np.float64) for p in predictions]
+        fits = [
+            _binary(logit, truth, w, threshold) if p["learnt"][k] else {}
+            for p, logit, threshold in zip(predictions, logits, thresholds, strict=True)
+        ]
         reason = _reason(truth, predictions, k)
-        for key, values in found.items():
+        for key in KEYS:
+            values = [fit.get(key) for fit in fits]
+            defined = [v for v in values if v is not None]
+            is_scored = len(defined) == len(values)
             # a rate of nothing, as the positive predictive value where no row is called positive
-            is_empty = all(v is not None for v in values)
-            row[key] = over_seeds(values, UNDEFINED.get(key, reason) if is_empty else reason)
-            if key in kept and all(v is not None for v in values):
-                kept[key].append([v for v in values if v is not None])
+            row[key] = over_seeds(values, UNDEFINED.get(key, reason) if is_scored else reason)
+            if key in kept and is_scored:
+                kept[key].append(defined)
         row["threshold_logits"] = thresholds
-        first = predictions[0]
-        if truth.any() and not truth.all() and first["learnt"][k]:
-            logit = first["test"][known, k].astype(np.float64)
-            row["curve"] = curve(logit, truth)
-            if thresholds[0] is not None:
-                called = (logit >= thresholds[0]).astype(int)
-                row["confusion"] = confusion(called, truth.astype(int), 2)
+        if predictions[0]["learnt"][k]:
+            row |= _drawn(logits[0], truth, thresholds[0])
         table.append(row)
     return {
         "classes": table,
@@ -94,6 +90,17 @@ def label_scores(
         },
         "headline": "auroc",
     }
+
+
+def _drawn(logit: Array, truth: Array, threshold: float | None) -> dict[str, Any]:
+    """The curves of one fit, and its confusion; {} where test shows one kind of rows."""
+    if truth.all() or not truth.any():
+        return {}
+    drawn: dict[str, Any] = {"curve": curve(logit, truth)}
+    if threshold is not None:
+        called = (logit >= threshold).astype(int)
+        drawn["confusion"] = confusion(called, truth.astype(int), 2)
+    return drawn
 
 
 def _thresholds(

@@ -103,43 +103,52 @@ def fit(
     optimiser = torch.optim.AdamW(groups, weight_decay=transfer.weight_decay)
     best, best_epoch, state = math.inf, 0, _snapshot(modules)
     history: list[tuple[float, float, float | None]] = []
+    most_steps = transfer.max_steps or math.inf
     steps = epoch = 0
     for epoch in range(1, transfer.epochs + 1):
         for module in modules:
             module.train()
-        total, count, is_spent = 0.0, 0, False
-        for loss in losses(epoch):
-            if not bool(torch.isfinite(loss)):
-                raise TransferError(
-                    f"the loss of epoch {epoch}, step {count + 1} is {loss.item()}: lower "
-                    "transfer.lr, or check that the checkpoint's features are finite"
-                )
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            optimiser.step()
-            total, count, steps = total + float(loss.detach()), count + 1, steps + 1
-            if transfer.max_steps and steps >= transfer.max_steps:
-                is_spent = True
-                break
+        loss, count = _train(optimiser, losses(epoch), epoch, most_steps - steps)
+        steps += count
         for module in modules:
             module.eval()
         with torch.no_grad():
             val_loss, val_score = validate()
         if not math.isfinite(val_loss):
             raise TransferError(f"the val loss of epoch {epoch} is {val_loss}: lower transfer.lr")
-        history.append((total / max(1, count), val_loss, val_score))
+        history.append((loss, val_loss, val_score))
         watched = val_loss
         if transfer.monitor == "score" and val_score is not None:
             watched = -val_score
         if watched < best:
             best, best_epoch, state = watched, epoch, _snapshot(modules)
-        if is_spent or epoch - best_epoch >= transfer.patience:
+        if steps >= most_steps or epoch - best_epoch >= transfer.patience:
             break
     for module, kept in zip(modules, state, strict=True):
         module.load_state_dict(kept)
         module.eval()
     train, val, score = zip(*history, strict=True)
     return Record(best_epoch, epoch, steps, train, val, score)
+
+
+def _train(
+    optimiser: torch.optim.Optimizer, losses: Iterator[Tensor], epoch: int, most: float
+) -> tuple[float, int]:
+    """(mean loss of an epoch, its steps: `most` at most)"""
+    total, count = 0.0, 0
+    for loss in losses:
+        if not bool(torch.isfinite(loss)):
+            raise TransferError(
+                f"the loss of epoch {epoch}, step {count + 1} is {loss.item()}: lower "
+                "transfer.lr, or check that the checkpoint's features are finite"
+            )
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        total, count = total + float(loss.detach()), count + 1
+        if count >= most:
+            break
+    return total / max(1, count), count
 
 
 def _snapshot(modules: list[nn.Module]) -> list[dict[str, Any]]:

@@ -76,10 +76,9 @@ class FramedTask:
         if not encoder.is_frozen:
             with self._precision():
                 return encoder.levels(self._pictures(rows, matrices)), matrices
-        at = {row: i for i, row in enumerate(rows.tolist())}
-        known = [m is None and r in self._kept for r, m in zip(at, matrices, strict=True)]
+        asked, found = rows.tolist(), dict[int, list[Tensor]]()
+        known = [m is None and row in self._kept for row, m in zip(asked, matrices, strict=True)]
         new = np.flatnonzero(~np.array(known))
-        found: dict[int, list[Tensor]] = {}
         if len(new):
             chosen = [matrices[i] for i in new.tolist()]
             with torch.no_grad(), self._precision():
@@ -87,14 +86,17 @@ class FramedTask:
             for k, row in enumerate(rows[new].tolist()):
                 # a copy: a view would keep the whole batch alive
                 found[row] = [m[k].clone() if chosen[k] is None else m[k] for m in maps]
-        for row, levels in found.items():
-            size = sum(m.numel() * m.element_size() for m in levels)
-            if matrices[at[row]] is None and self._room >= size:
-                self._room -= size
-                self._kept[row] = levels
-        each = [found[row] if row in found else self._kept[row] for row in at]
+                if chosen[k] is None:
+                    self._keep(row, found[row])
+        each = [found[row] if row in found else self._kept[row] for row in asked]
         stacked = [torch.stack(maps) for maps in zip(*each, strict=True)]
         return [m.contiguous(memory_format=torch.channels_last) for m in stacked], matrices
+
+    def _keep(self, row: int, levels: list[Tensor]) -> None:
+        size = sum(m.numel() * m.element_size() for m in levels)
+        if self._room >= size:
+            self._room -= size
+            self._kept[row] = levels
 
     def _matrices(self, rows: Array, epoch: int | None, seed: int) -> list[Array | None]:
         """What each image is warped by: None half of the time, and without an epoch."""

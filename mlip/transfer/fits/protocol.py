@@ -89,66 +89,24 @@ def transfer_run(
         patients = manifest.patient_key[splits.test]
         data = {**_account(manifest, task, splits), "unused": unused, "trained_on": seen}
         draws = _draws(config, manifest, task, splits)
-        fractions, used = [], {}
-        test = HeldOut(splits.test)
-        # what fits are made of, gathered on the way; the code's hash before it can be edited
-        made_of: dict[str, Any] = {}
-        if kept is not None:
-            made_of = made_by(config, device) | _content(manifest, task, splits, images)
-        seconds_before = 0.0  # of kept fits
+        fractions: list[dict[str, Any]] = []
+        fits = _Fits(config, manifest, task, splits, images, kept, say)
         pictures: list[dict[str, Any]] = []
         series: list[Series] = []
         for percent in transfer.fractions:
-            fits, predictions = [], []
             task.transfer = at_fraction(transfer, percent)
-            made_of |= settings_of(config, percent)
+            told, predictions = [], []
             for seed in transfer.seeds:
                 own = vision[seed] if isinstance(vision, Mapping) else vision
-                start = open_start(config, own, seed)
-                used[seed] = start.weights_hash
-                rows = draws[percent, seed]
-                rows_hash = hash_of(sorted(map(manifest.image_path, rows.tolist())))
-                made_of |= {
-                    "seed": seed,
-                    "weights": start.weights_hash,
-                    # activation, heads, epsilons: no weight tells them, nor a source's path
-                    "tower": tower_shape(start.vision.tower.backbone.config),
-                    "training rows": rows_hash,
-                    "encoded together": task.plan(start, rows, splits.val, splits.test),
-                }
-                fit = None if kept is None else kept.read(percent, seed, made_of)
-                told = ""
-                if fit is not None:
-                    seconds_before += fit.seconds
-                    told = ", kept from before"
-                else:
-                    if kept is not None and made_of["encoded together"]:
-                        task.kept_features = kept.features(made_of)
-                    fit = _fit(task, start, rows, splits.val, test, (percent, seed))
-                    if kept is not None:
-                        kept.keep(percent, seed, made_of, fit)
-                record = fit.record
-                predictions.append(fit.prediction)
-                fits.append(
-                    {
-                        "seed": seed,
-                        "rows": len(rows),
-                        "patients": len(np.unique(manifest.patient_key[rows])),
-                        "rows_hash": rows_hash,
-                        **record.as_dict(),
-                    }
-                )
-                say(
-                    f"{percent:g} % seed {seed}: {len(rows)} images, best epoch "
-                    f"{record.best_epoch} of {record.epochs}, val loss {min(record.val_loss):.4f}"
-                    f"{told}"
-                )
+                entry, prediction = fits.make(own, draws[percent, seed], percent, seed)
+                told.append(entry)
+                predictions.append(prediction)
             for seed, prediction in zip(transfer.seeds, predictions, strict=True):
                 series += task.series(prediction, splits.test, f"{percent:g} %", seed)
             weights = patient_resamples(patients, config.evaluate.bootstrap, config.run.seed)
             scores, measure = task.score(predictions, splits.val, splits.test, weights)
             scores["subgroups"] = subgroup_scores(groupings, patients, measure)
-            fractions.append({"percent": percent, "scores": scores, "fits": fits})
+            fractions.append({"percent": percent, "scores": scores, "fits": told})
             pictures = example_pictures(config, manifest, task, predictions[0], splits.test)
     finally:
         images.close()
@@ -163,7 +121,7 @@ def transfer_run(
             "device": str(device),
             "precision": precision,
             "commit": commit,
-            "seconds": round(time.perf_counter() - began + seconds_before, 1),
+            "seconds": round(time.perf_counter() - began + fits.seconds_before, 1),
         },
         "task": {
             "name": transfer.task,
@@ -174,9 +132,9 @@ def transfer_run(
         "data": data,
         "fractions": fractions,
         "fingerprints": {
-            "weights": [used[seed] for seed in transfer.seeds]
-            if len(set(used.values())) > 1
-            else next(iter(used.values())),
+            "weights": [fits.weights[seed] for seed in transfer.seeds]
+            if len(set(fits.weights.values())) > 1
+            else next(iter(fits.weights.values())),
             "splits": splits.hash,
             "manifest": manifest.fingerprint,
             "preprocessing": hash_of(image_preprocessing(config)),
@@ -192,14 +150,82 @@ def transfer_run(
     }
 
 
-def _fit(
-    task: Any, start: Start, rows: Array, val: Array, test: HeldOut, name: tuple[float, int]
-) -> Fit:
-    """One fit, and its one look at test.  name  (percent, seed)"""
-    began = time.perf_counter()
-    fitted, record = task.fit(start, rows, val, name[1])
-    prediction = task.predict(fitted, rows, val, test.open(name))
-    return Fit(record, prediction, time.perf_counter() - began)
+class _Fits:
+    """The fits of a task, one after the other; those that are kept from before are not made again.
+
+    weights         seed -> SHA-256 of what its fits begin with
+    seconds_before  what the kept ones took when they were made
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        manifest: Manifest,
+        task: Any,
+        splits: Splits,
+        images: Images,
+        kept: KeptFits | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self._config, self._manifest, self._task, self._splits = config, manifest, task, splits
+        self._kept, self._say, self._test = kept, say, HeldOut(splits.test)
+        self.weights: dict[int, str] = {}
+        self.seconds_before = 0.0
+        self._made_of: dict[str, Any] = {}  # of every fit
+        if kept is not None:  # the code's hash before it can be edited
+            self._made_of = made_by(config, task.device) | _content(manifest, task, splits, images)
+
+    def make(
+        self, vision: VisionEncoder | None, rows: Array, percent: float, seed: int
+    ) -> tuple[dict[str, Any], dict[str, Array]]:
+        """(how the fit on these rows went, as results tell it; its prediction)"""
+        patient_key, splits = self._manifest.patient_key, self._splits
+        start = open_start(self._config, vision, seed)
+        self.weights[seed] = start.weights_hash
+        rows_hash = hash_of(sorted(map(self._manifest.image_path, rows.tolist())))
+        made_of = {
+            **self._made_of,
+            **settings_of(self._config, percent),
+            "seed": seed,
+            "weights": start.weights_hash,
+            # activation, heads, epsilons: no weight tells them, nor a source's path
+            "tower": tower_shape(start.vision.tower.backbone.config),
+            "training rows": rows_hash,
+            "encoded together": self._task.plan(start, rows, splits.val, splits.test),
+        }
+        fit = None if self._kept is None else self._kept.read(percent, seed, made_of)
+        told = ""
+        if fit is not None:
+            self.seconds_before += fit.seconds
+            told = ", kept from before"
+        else:
+            if self._kept is not None and made_of["encoded together"]:
+                self._task.kept_features = self._kept.features(made_of)
+            fit = self._fit(start, rows, percent, seed)
+            if self._kept is not None:
+                self._kept.keep(percent, seed, made_of, fit)
+        record = fit.record
+        self._say(
+            f"{percent:g} % seed {seed}: {len(rows)} images, best epoch "
+            f"{record.best_epoch} of {record.epochs}, val loss {min(record.val_loss):.4f}"
+            f"{told}"
+        )
+        entry = {
+            "seed": seed,
+            "rows": len(rows),
+            "patients": len(np.unique(patient_key[rows])),
+            "rows_hash": rows_hash,
+            **record.as_dict(),
+        }
+        return entry, fit.prediction
+
+    def _fit(self, start: Start, rows: Array, percent: float, seed: int) -> Fit:
+        """One fit, and its one look at test."""
+        began, val = time.perf_counter(), self._splits.val
+        fitted, record = self._task.fit(start, rows, val, seed)
+        test = self._test.open((percent, seed))
+        prediction = self._task.predict(fitted, rows, val, test)
+        return Fit(record, prediction, time.perf_counter() - began)
 
 
 def _content(manifest: Manifest, task: Any, splits: Splits, images: Images) -> dict[str, Any]:

@@ -289,9 +289,8 @@ def detection_scores(
     Returns: {"strict": ..., "compat": ..., "classes": [{class, boxes, strict}], "images": n, ...}
     """
     strict: list[Measured | None] = []
-    compat: list[Measured | None] = []
     per_class: list[list[Measured | None]] = [[] for _ in classes]
-    counted = []
+    published: list[tuple[int, Measured | None]] = []
     ones = np.ones((1, len(truth)))
     has_box = np.array([len(t.labels) > 0 for t in truth], dtype=bool)
     told_fits = Progress("fits scored, with their intervals")
@@ -305,16 +304,9 @@ def detection_scores(
             with_box = np.array([(t.labels == k).any() for t in truth], dtype=bool)
             told = bounded(float(own[k]), each[k], len(truth), weights[:, with_box])
             per_class[k].append(told if np.isfinite(own[k]) else None)
-        kept = compat_images(truth, found, compat_score_cut)
-        counted.append(len(kept))
-        if len(kept) == 0:
-            compat.append(None)
-            continue
-        shown = [found[i].over(compat_score_cut) for i in kept]
-        published = match([truth[i] for i in kept], shown, thresholds, len(classes))
-        value = float(mean_average_precision(published, np.ones((1, len(kept))))[0])
-        of = weights[:, kept]
-        compat.append(bounded(value, mean_average_precision(published, of), len(kept), of))
+        published.append(
+            _published(truth, found, weights, thresholds, len(classes), compat_score_cut)
+        )
     boxes = np.concatenate([*(t.labels for t in truth), np.zeros(0)])
     return {
         "strict": {
@@ -323,9 +315,10 @@ def detection_scores(
             "classes_asked": len(classes),
         },
         "compat": over_seeds(
-            compat, f"no image has both a true box and one predicted at {compat_score_cut:g}"
+            [score for _, score in published],
+            f"no image has both a true box and one predicted at {compat_score_cut:g}",
         ),
-        "compat_images": counted,
+        "compat_images": [images for images, _ in published],
         "classes": [
             {
                 "class": name,
@@ -338,3 +331,22 @@ def detection_scores(
         "images_with_boxes": sum(len(t.corners) > 0 for t in truth),
         "headline": "strict",
     }
+
+
+def _published(
+    truth: Sequence[Truth],
+    found: Sequence[Found],
+    weights: Array,
+    thresholds: Sequence[float],
+    classes: int,
+    cut: float,
+) -> tuple[int, Measured | None]:
+    """(how many images the published form counts of a fit, its mAP of them)"""
+    kept = compat_images(truth, found, cut)
+    if len(kept) == 0:
+        return 0, None
+    shown = [found[i].over(cut) for i in kept]
+    matches = match([truth[i] for i in kept], shown, thresholds, classes)
+    value = float(mean_average_precision(matches, np.ones((1, len(kept))))[0])
+    of = weights[:, kept]
+    return len(kept), bounded(value, mean_average_precision(matches, of), len(kept), of)

@@ -26,6 +26,7 @@ SCHEMA = 1
 KIND = "comparison"
 SIDES = ("a", "b", "difference")
 ALIKE = "no patient on which they differ"  # why a difference of 0 has no interval
+UNEVEN = "no finding that every fit learned"  # why a mean over findings is over none
 TOO_FEW = f"fewer than {FEWEST_OF_EACH} patients with or without it"
 
 
@@ -36,6 +37,11 @@ class _Unit:
     a: tuple[Series, ...]
     b: tuple[Series, ...]
     pair: int
+
+    @property
+    def fits(self) -> set[tuple[int, str, int | None]]:
+        """(pair, side, seed) of each."""
+        return {(self.pair, name, s.seed) for name in ("a", "b") for s in getattr(self, name)}
 
 
 def compare(
@@ -192,6 +198,7 @@ def _units(
 class _Measures:
     each: list[dict[str, Measured | None]]  # of every unit: "a", "b", "difference"
     counts: tuple[int, int]  # rows, and those that carry it, of all manifests
+    fits: set[tuple[int, str, int | None]]  # of all units
 
 
 def _measured(units: Sequence[_Unit], weights: _Weights) -> _Measures:
@@ -213,7 +220,8 @@ def _measured(units: Sequence[_Unit], weights: _Weights) -> _Measures:
         own, others = sides
         each.append({"a": own, "b": others, "difference": less(own, others)})
     joined = [sum(column) for column in zip(*counts.values(), strict=True)]
-    return _Measures(each, (joined[0], joined[1]))
+    fits = {fit for unit in units for fit in unit.fits}
+    return _Measures(each, (joined[0], joined[1]), fits)
 
 
 def _common(unit: _Unit) -> tuple[Array, Array]:
@@ -251,26 +259,35 @@ def _mean(found: Mapping[tuple[str, str], _Measures]) -> list[dict[str, Any]]:
     means = []
     for measure in dict.fromkeys(key[1] for key in found):
         asked = [units for key, units in found.items() if key[1] == measure]
-        kept = [units for units in asked if all(None not in unit.values() for unit in units.each)]
-        told, rows = [units.each for units in kept], max([units.counts[0] for units in kept] or [0])
+        every = {fit for units in asked for fit in units.fits}
+        # a fit whose training rows could not teach a finding says nothing of it
+        learned = [units for units in asked if units.fits == every]
+        kept = [units for units in learned if all(None not in unit.values() for unit in units.each)]
+        rows = max((units.counts[0] for units in kept), default=0)
         fits = [
-            {name: _over_findings([each[u] for each in told], name) for name in told[0][u]}
-            for u in range(len(told[0]) if told else 0)
+            {name: _over_findings(of_fit, name) for name in SIDES}
+            for of_fit in zip(*(units.each for units in kept), strict=True)
         ]
+        reason = TOO_FEW if learned else UNEVEN
         means.append(
             {
                 "measure": measure,
-                "classes": len(told),
+                "classes": len(kept),
                 "classes_asked": len(asked),
-                **{name: _told(fits, name, rows) for name in SIDES},
+                **{name: _told(fits, name, rows, reason) for name in SIDES},
             }
         )
     return means
 
 
-def _told(fits: Sequence[Mapping[str, Measured | None]], name: str, rows: int) -> dict[str, Any]:
-    """The mean over fits; rows are of all manifests, of which each fit knows its own."""
-    found = over_seeds([fit[name] for fit in fits], TOO_FEW)
+def _told(
+    fits: Sequence[Mapping[str, Measured | None]], name: str, rows: int, reason: str = TOO_FEW
+) -> dict[str, Any]:
+    """The mean over fits; rows are of all manifests, of which each fit knows its own.
+
+    reason  why there is none
+    """
+    found = over_seeds([fit[name] for fit in fits], reason)
     if found["value"] is None:
         return found
     if name == "difference" and found["value"] == found["low"] == found["high"] == 0.0:

@@ -207,14 +207,11 @@ def file_of(path: Path) -> Path:
     return path / FILE if path.is_dir() else path
 
 
-def load_predictions(path: Path) -> Predictions:
-    """What save_predictions wrote: a file, or the folder that it lies in.
+def _read_table(path: Path) -> tuple[pa.Table, dict[str, str]]:
+    """(the lines in _TYPES without gaps, what the evaluation was of)
 
-    Raises:  PredictionsError naming the file; also where the results.json beside
-             predictions.parquet is of another evaluation
+    Raises:  PredictionsError where the file cannot be read, or is another one
     """
-    path = file_of(path)
-    _require_own_results(path)
     expected = "expected predictions.parquet of `mlip evaluate`, or its folder"
     try:
         table = pa.parquet.read_table(path)
@@ -236,6 +233,18 @@ def load_predictions(path: Path) -> Predictions:
         raise PredictionsError(f"{path}: is no file of predictions: {expected}") from error
     if not is_known:
         raise PredictionsError(f"{path}: is of another version: evaluate again")
+    return table, facts
+
+
+def load_predictions(path: Path) -> Predictions:
+    """What save_predictions wrote: a file, or the folder that it lies in.
+
+    Raises:  PredictionsError naming the file; also where the results.json beside
+             predictions.parquet is of another evaluation
+    """
+    path = file_of(path)
+    _require_own_results(path)
+    table, facts = _read_table(path)
     rows, patient = (table[name].to_numpy() for name in ("row_index", "patient"))
     truth = table["truth"].fill_null(UNKNOWN).to_numpy().astype(np.int8)
     scores = table["score"].to_numpy()

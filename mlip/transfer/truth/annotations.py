@@ -156,23 +156,11 @@ class Annotations:
         """The row's boxes; a row without any has corners of shape [0, 4]."""
         size = self.source_size(row)
         if "boxes" in self._columns:
-            text = self._text("boxes", row)
-            try:
-                found = [
-                    (*map(float, b[:4]), str(b[4]), _phrase(*b[5:6]))
-                    for b in json.loads(text or "[]")
-                ]
-            except (ValueError, TypeError, LookupError, RecursionError):
-                raise ManifestError(
-                    f"{self.manifest.path}: data row {row + 1}: boxes: expected JSON "
-                    "[[x, y, width, height, class], ...], behind the class its phrase where it has "
-                    "one"
-                ) from None
+            drawn = self._boxes_of_cell(row)
         else:
             drawn = self._box_file.get(self.manifest.image_path(row), [])
-            found = [(*box.xywh, box.label, box.phrase) for box in drawn]
             size = size or self._phantom_size
-        xywh = np.array([b[:4] for b in found], dtype=np.float64).reshape(-1, 4)
+        xywh = np.array([box.xywh for box in drawn], dtype=np.float64).reshape(-1, 4)
         corners = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
         if not np.isfinite(corners).all() or (xywh[:, 2:] <= 0).any():
             raise ManifestError(
@@ -180,8 +168,18 @@ class Annotations:
                 "height: expected x, y, width and height in px"
             )
         corners.flags.writeable = False
-        names, phrases = (tuple(str(b[i]) for b in found) for i in (4, 5))
-        return Boxes(corners, names, size, phrases)
+        names, phrases = (box.label for box in drawn), (box.phrase for box in drawn)
+        return Boxes(corners, tuple(names), size, tuple(phrases))
+
+    def _boxes_of_cell(self, row: int) -> list[DrawnBox]:
+        try:
+            return [_box_of(entry) for entry in json.loads(self._text("boxes", row) or "[]")]
+        except (ValueError, TypeError, LookupError, RecursionError, OverflowError):
+            raise ManifestError(
+                f"{self.manifest.path}: data row {row + 1}: boxes: expected JSON "
+                "[[x, y, width, height, class], ...], behind the class its phrase where it has "
+                "one"
+            ) from None
 
     def looked_at(self, rows: Array) -> Array:
         """The rows in which somebody looked for boxes of transfer.classes.
@@ -359,6 +357,12 @@ def _check_names(column: pa.ChunkedArray | None, setting: str, path: str) -> Non
             f"{path}: the column of {setting} holds texts of up to {longest} characters: expected "
             f"{LABEL_FORM}"
         )
+
+
+def _box_of(entry: Any) -> DrawnBox:
+    """Raises:  ValueError, TypeError, LookupError or OverflowError for another entry of a cell."""
+    x, y, w, h = map(float, entry[:4])
+    return DrawnBox(str(entry[4]), "", (x, y, w, h), _phrase(*entry[5:6]))
 
 
 def _phrase(text: str | None = None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,25 +47,27 @@ def read_box_file(manifest_path: str) -> dict[str, list[DrawnBox]] | None:
                     f"{', '.join(COLUMNS)}, with x, y, w and h in px of the image file"
                 )
             for entry in reader:
-                try:
-                    x, y, w, h = (float(entry[key]) for key in COLUMNS[2:])
-                except (TypeError, ValueError):
-                    x = y = w = h = math.nan
-                if not all(map(math.isfinite, (x, y, w, h))) or w <= 0 or h <= 0:
-                    raise ManifestError(
-                        f"{path}: line {reader.line_num}: expected numbers for x, y, w and h, "
-                        "width and height above 0"
-                    )
-                if entry["path"] is None or entry["label"] is None:
-                    raise ManifestError(f"{path}: line {reader.line_num}: cut off before its end")
-                side = (entry.get("side") or "").strip().lower()
-                phrase = " ".join((entry.get("phrase") or "").split())
-                found.setdefault(entry["path"], []).append(
-                    DrawnBox(entry["label"], side, (x, y, w, h), phrase)
-                )
+                box = _drawn_box(entry, f"{path}: line {reader.line_num}")
+                found.setdefault(entry["path"], []).append(box)
     except UnicodeDecodeError:
         raise ManifestError(f"{path}: not UTF-8: save it as UTF-8 text") from None
     except (OSError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or "no CSV"
         raise ManifestError(f"{path}: cannot be read: {reason}") from None
     return found
+
+
+def _drawn_box(entry: Mapping[str, str | None], where: str) -> DrawnBox:
+    try:
+        x, y, w, h = (float(entry[key] or "") for key in COLUMNS[2:])
+    except ValueError:
+        x = y = w = h = math.nan
+    if not all(map(math.isfinite, (x, y, w, h))) or w <= 0 or h <= 0:
+        raise ManifestError(
+            f"{where}: expected numbers for x, y, w and h, width and height above 0"
+        )
+    if entry["path"] is None or entry["label"] is None:
+        raise ManifestError(f"{where}: cut off before its end")
+    side = (entry.get("side") or "").strip().lower()
+    phrase = " ".join((entry.get("phrase") or "").split())
+    return DrawnBox(entry["label"], side, (x, y, w, h), phrase)

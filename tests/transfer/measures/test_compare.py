@@ -214,6 +214,31 @@ def test_fits_of_equal_seeds_stand_against_each_other():
     assert line["n"] == 400
 
 
+@pytest.mark.parametrize("lost", ["x", "y"])
+def test_a_finding_that_one_fit_did_not_learn_leaves_the_mean(lost: str):
+    """Of the second it was a traceback, of the first a mean of that finding and one fit alone."""
+
+    def fits(signal: float, of: Sequence[tuple[int, str]]) -> Predictions:
+        parts = [side(drawn(k, signal), method="1 %", seed=k) for k in (1, 2)]
+        series = [s for p in parts for s in p.series if (s.seed, s.finding) in of]
+        return replace(parts[0], series=series)
+
+    of = [(1, "x"), (1, "y"), (2, "x"), (2, "y")]
+    of.remove((2, lost))
+    table = run(fits(2.0, of), fits(1.0, of))["methods"][0]
+    lines = {line["finding"]: line for line in table["findings"]}
+    assert [len(lines[name]["difference"]["seeds"]) for name in (lost, "xy".strip(lost))] == [1, 2]
+    (mean,) = table["mean"]
+    assert (mean["classes"], mean["classes_asked"]) == (1, 2)
+    for name in ("a", "b", "difference"):
+        assert mean[name]["seeds"] == lines["xy".strip(lost)][name]["seeds"]
+    # each fit lacks one of the two: there is no finding to take a mean over
+    of = [(1, "x"), (2, "y")]
+    (mean,) = run(fits(2.0, of), fits(1.0, of))["methods"][0]["mean"]
+    assert (mean["classes"], mean["difference"]["value"]) == (0, None)
+    assert mean["difference"]["reason"] == "no finding that every fit learned"
+
+
 def test_several_pre_trainings_are_compared_in_pairs():
     a = [side(drawn(k, 1.5), name=f"a{k}") for k in (1, 2)]
     b = [side(drawn(k, 1.0), name=f"b{k}") for k in (3, 4)]

@@ -233,7 +233,10 @@ def test_a_size_that_no_image_has_is_refused(tmp_path: Path, height: str) -> Non
         Annotations(config, manifest).mask(0, (HEIGHT, WIDTH))
 
 
-def test_boxes_nested_without_end_are_an_error_of_their_row(tmp_path: Path) -> None:
-    config, manifest = make(tmp_path, boxes=["[" * 100_000, "[]"])
+@pytest.mark.parametrize("cell", ["[" * 100_000, f'[[1{"0" * 400}, 2, 3, 4, "Mass"]]'])
+def test_boxes_nested_or_as_large_as_no_number_are_an_error_of_their_row(
+    tmp_path: Path, cell: str
+) -> None:
+    config, manifest = make(tmp_path, boxes=[cell, "[]"])
     with pytest.raises(ManifestError, match="data row 1: boxes: expected JSON"):
         Annotations(config, manifest).boxes(0)
