@@ -290,7 +290,8 @@ def locked_folder(folder: Path, timeout_s: float = 300.0) -> Iterator[None]:
         yield
     finally:
         if descriptor >= 0:
-            os.close(descriptor)
+            with contextlib.suppress(OSError):  # of a network's disk that was gone meanwhile
+                os.close(descriptor)
 
 
 def _try_checkpoints(run_dir: Path) -> None:

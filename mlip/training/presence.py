@@ -66,7 +66,8 @@ class Presence:
     def close(self) -> None:
         self._stopped.set()
         self._thread.join(2 * _BEAT_S)
-        os.close(self._file)
+        with contextlib.suppress(OSError):  # of a network's disk that was gone meanwhile
+            os.close(self._file)
 
 
 def start(run_dir: str | Path) -> None:

@@ -11,12 +11,11 @@ import functools
 import json
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import psutil
 import torch
@@ -27,8 +26,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mlip.ranks import distributed
 from mlip.settings.config import Config, ConfigError, to_dict
-from mlip.system.output_file import open_to_append, whole_file
+from mlip.system.output_file import whole_file
 from mlip.training.lifecycle import record_event
+from mlip.training.line_file import LineFile
 from mlip.training.step import StepResult
 from mlip.training.trackers import Trackers
 
@@ -66,7 +66,8 @@ class RunLog:
         self.global_pairs = config.batch.global_pairs
         self.total_steps = total_steps
         self._is_main = distributed.is_main()
-        self._file: IO[str] | None = None
+        self._steps = LineFile(self.folder / "log.jsonl")
+        self._looks = LineFile(self.folder / "validation.jsonl")
         self._trackers: Trackers | None = None
         self._bar: Progress | None = None
         self._window_start, self._window_steps, self._window_wait = time.perf_counter(), 0, 0.0
@@ -74,7 +75,7 @@ class RunLog:
         if not self._is_main:
             return
         self._trackers = Trackers(config, start_step)
-        self._file = _open_for_lines(self.folder / "log.jsonl")
+        self._steps.open()
         console = _console()
         if console.is_terminal:
             self._bar = Progress(
@@ -117,9 +118,7 @@ class RunLog:
         if result.is_skipped:
             entry["is_skipped"] = True
         with self._told_if_full("log.jsonl"):
-            assert self._file is not None
-            self._file.write(json.dumps(entry, allow_nan=False) + "\n")
-            self._file.flush()
+            self._steps.write(json.dumps(entry, allow_nan=False))
         if self._trackers is not None:
             self._trackers.put(step, _numbers(result, lr, entry["pairs_per_s"]))
         self._window_steps += 1
@@ -173,9 +172,8 @@ class RunLog:
             "best_step": best_step,
             "time": round(time.time(), 3),
         }
-        path = self.folder / "validation.jsonl"
-        with self._told_if_full(path.name), _open_for_lines(path) as file:
-            file.write(json.dumps(entry, allow_nan=False) + "\n")
+        with self._told_if_full("validation.jsonl"):
+            self._looks.write(json.dumps(entry, allow_nan=False))
         if self._trackers is not None:
             numbers = {f"val/{name}": value for name, value in terms.items()}
             self._trackers.put(step, numbers, kind="val")
@@ -190,7 +188,7 @@ class RunLog:
 
     @contextlib.contextmanager
     def _told_if_full(self, name: str) -> Iterator[None]:
-        """A full disk costs lines, not the run; said once until there is room again."""
+        """A disk that is full or gone costs no run; said once until lines are written again."""
         try:
             yield
             self._unwritten.discard(name)
@@ -257,23 +255,12 @@ class RunLog:
         """ended  what trackers show: "trained", "failed", or "stopped" on request"""
         if self._bar is not None:
             self._bar.stop()
-        if self._file is not None:
-            with self._told_if_full("log.jsonl"):  # what was held back for want of room
-                self._file.close()
+        for name, lines in (("log.jsonl", self._steps), ("validation.jsonl", self._looks)):
+            with self._told_if_full(name):
+                lines.close()
         if self._trackers is not None:
             self._trackers.close(ended)
-        self._bar = self._file = self._trackers = None
-
-
-def _open_for_lines(path: Path) -> IO[str]:
-    """For appending; a line that a kill cut off is ended, so that it spoils no other."""
-    descriptor = open_to_append(path)
-    file = open(descriptor, "a", encoding="utf-8")
-    # of half a GB of a million steps the last byte
-    size = os.fstat(descriptor).st_size
-    if size and os.pread(descriptor, 1, size - 1) != b"\n":
-        file.write("\n")
-    return file
+        self._bar = self._trackers = None
 
 
 def _finite(value: float) -> float | None:

@@ -41,7 +41,7 @@ from mlip.system.output_file import (
     whole_file,
 )
 from mlip.training.lifecycle import locked_folder, record_event
-from mlip.training.runlog import _open_for_lines
+from mlip.training.line_file import open_for_lines
 from mlip.transfer.films.row_table import write_row_table
 from tests.small_run import small_export, small_run
 
@@ -401,7 +401,7 @@ def test_lines_are_added_through_no_link_and_no_start_waits_for_a_pipe(
         if name == "events.jsonl":
             record_event(folder, "started")
         else:
-            _open_for_lines(folder / name)
+            open_for_lines(folder / name)
     assert precious.read_text() == "kept"
     (folder / name).rename(tmp_path / "removed")
     with locked_folder(folder):  # and makes none of them
