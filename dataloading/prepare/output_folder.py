@@ -20,7 +20,7 @@ from typing import Any
 
 from mlip.dataloading.shards import synced_file
 from mlip.settings.config import ConfigError
-from mlip.system.folder_lock import lock, open_lock
+from mlip.system.folder_lock import lock, open_lock, release
 from mlip.system.output_file import sync
 
 SETTINGS_FILE = "settings.json"  # in --out from the first moment on; prepared.json comes last
@@ -145,7 +145,7 @@ def sole_writer(out: Path, part: tuple[int, int]) -> Iterator[bool]:
             wanted.append((f".lock-{part[0] + 1}", False))
         for name, shared in wanted:
             descriptor = open_lock(out / name)
-            stack.callback(os.close, descriptor)
+            stack.callback(release, descriptor)
             try:
                 lock(descriptor, out, shared=shared)
             except BlockingIOError:

@@ -5,6 +5,7 @@ Where the file system has no locks a warning says so.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import functools
@@ -61,6 +62,13 @@ def lock(descriptor: int, folder: Path, *, shared: bool = False) -> None:
         if error.errno not in _NO_LOCKS:
             raise
         _warn(folder, error.strerror)
+
+
+def release(descriptor: int) -> None:
+    """Free a lock by closing its file; on a network's disk that was gone meanwhile the system may
+    not take even that, and the lock is gone with it."""
+    with contextlib.suppress(OSError):
+        os.close(descriptor)
 
 
 def is_seen(question: Callable[[], bool], timeout_s: float) -> bool:

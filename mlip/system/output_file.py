@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mlip.settings.typed_tree import ConfigError
-from mlip.system.folder_lock import is_alive, lock, open_lock, open_own
+from mlip.system.folder_lock import is_alive, lock, open_lock, open_own, release
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 _RENAMES_TRIED = 3  # in some of rclone's modes every second one goes well
@@ -288,11 +288,13 @@ def only_writer(lock_file: Path, out: str | Path) -> Iterator[None]:
     lock_file  made here, gone at the end; one that a killed process left is free
     Raises:  ConfigError where another process is at work; OSError where no file can be made
     """
-    with os.fdopen(open_lock(lock_file), "rb+", buffering=0) as file:
+    with contextlib.ExitStack() as stack:
+        descriptor = open_lock(lock_file)
+        stack.callback(release, descriptor)
         try:
-            lock(file.fileno(), lock_file.parent)
+            lock(descriptor, lock_file.parent)
             # the one who held it may have removed it since it was opened here
-            is_ours = os.path.samestat(os.fstat(file.fileno()), lock_file.stat())
+            is_ours = os.path.samestat(os.fstat(descriptor), lock_file.stat())
         except (BlockingIOError, FileNotFoundError):
             is_ours = False
         if not is_ours:

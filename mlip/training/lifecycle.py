@@ -27,7 +27,7 @@ import psutil
 from mlip.ranks import distributed
 from mlip.settings.config import ConfigError
 from mlip.settings.config_file import CHECKPOINTS
-from mlip.system.folder_lock import is_seen, lock, open_lock
+from mlip.system.folder_lock import is_seen, lock, open_lock, release
 from mlip.system.machine import limit_reached
 from mlip.system.output_file import new_file, open_to_append, refusal, require_renames
 from mlip.system.unread_output import one_line, unread_output_is_lost
@@ -290,8 +290,7 @@ def locked_folder(folder: Path, timeout_s: float = 300.0) -> Iterator[None]:
         yield
     finally:
         if descriptor >= 0:
-            with contextlib.suppress(OSError):  # of a network's disk that was gone meanwhile
-                os.close(descriptor)
+            release(descriptor)
 
 
 def _try_checkpoints(run_dir: Path) -> None:

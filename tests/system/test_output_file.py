@@ -13,8 +13,9 @@ import os
 import resource
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -515,3 +516,36 @@ def test_a_full_disk_is_no_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(OSError, match="No space left"):
         require_renames(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        lambda folder: locked_folder(folder),
+        lambda folder: only_writer(folder / ".out.lock", "out"),
+        lambda folder: sole_writer(folder, (0, 1)),
+    ],
+    ids=["run", "out", "prepare"],
+)
+def test_a_lock_that_cannot_be_closed_ends_no_finished_work(
+    held: Callable[[Path], contextlib.AbstractContextManager[Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its network's disk was gone for 12 s: a trained run ended as an unexpected error."""
+    close = os.close
+    refused = []
+
+    def gone(descriptor: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        close(descriptor)
+        if "lock" in Path(path).name:
+            refused.append(path)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with held(tmp_path):
+        monkeypatch.setattr(os, "close", gone)
+    assert len(refused) == 1
+    monkeypatch.undo()
+    with held(tmp_path) as is_free:
+        assert is_free in (None, True)
