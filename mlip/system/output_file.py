@@ -22,6 +22,7 @@ from mlip.settings.typed_tree import ConfigError
 from mlip.system.folder_lock import is_alive, lock, open_lock, open_own, release
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+_FAILING = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EREMOTEIO}  # a disk, or its network
 _RENAMES_TRIED = 3  # in some of rclone's modes every second one goes well
 _REFUSED = {
     *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR),
@@ -310,14 +311,15 @@ def only_writer(lock_file: Path, out: str | Path) -> Iterator[None]:
 
 
 def refusal(error: Exception, out: str | Path | None) -> str | None:
-    """One line for a full disk, a place or temporary folders that cannot be written; else None.
+    """One line for a full or a failing disk, a place or temporary folders that cannot be written;
+    else None.
 
     out  what the command was told to write: writing to an open file fails without any name
     """
     if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):  # tempfile's
         return f"{error.strerror}: all are full or closed; make room or set TMPDIR to another"
     code = _errno_of(error)
-    if code not in _FULL | _REFUSED:
+    if code not in _FULL | _REFUSED | _FAILING:
         return None
     named = getattr(error, "filename", None)
     is_out = out is not None and (named is None or _belongs_to(named, Path(out)))
@@ -325,6 +327,9 @@ def refusal(error: Exception, out: str | Path | None) -> str | None:
     place = out if is_out else named or "the output"
     own = getattr(error, "strerror", None) if code == errno.ELOOP else None  # open_own's
     reason = "a file stands in the way" if code == errno.EEXIST else own or os.strerror(code)
+    if code in _FAILING:  # without a name it may be of what was read
+        place = place if named else "a file"
+        return f"{place} cannot be read or written: {reason}: its disk, or the way there, fails"
     if is_out or code in _FULL:
         return f"{place} cannot be written: {reason}; make room or name another place"
     return f"{place} cannot be used: {reason}"

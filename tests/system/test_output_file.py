@@ -192,6 +192,10 @@ def test_each_kind_of_error_names_its_place(
     for place in ("/other/weights", b"/other/weights"):  # TensorBoard names files as bytes
         denied = PermissionError(errno.EACCES, "", place)
         assert refusal(denied, out) == "/other/weights cannot be used: Permission denied"
+    fails = "cannot be read or written: Input/output error: its disk, or the way there, fails"
+    for name, place in ((str(out / "part"), str(out)), ("/m.csv", "/m.csv"), (None, "a file")):
+        assert refusal(OSError(errno.EIO, "", name), out) == f"{place} {fails}"
+        assert (refusal(OSError(errno.ESTALE, "", name), None) or "").startswith(name or "a file")
     loop = OSError(errno.ELOOP, "", str(out))  # links that lead to one another
     assert (
         refusal(loop, out)
